@@ -1,0 +1,1 @@
+"""The GPT around the fused ops: model, data, training, generation."""

@@ -1,0 +1,113 @@
+"""The only place that decides where an op runs and that starts a Triton kernel.
+
+`resolve` maps backend="auto"|"triton"|"eager" and the tensors of a call to "triton" or "eager".
+`launch` starts a kernel; `recording` makes it note the launch instead, which is how
+`kernels.codegen` sees every kernel exactly as it is shipped, without a GPU.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # Windows, macOS: the eager backend is all there is
+    triton = tl = None
+    HAS_TRITON = False
+
+BACKENDS = ("auto", "triton", "eager")
+
+_recorder: Callable[..., None] | None = None
+_recorded_architecture: str | None = None
+
+
+def interpreting() -> bool:
+    """True when Triton executes kernels on the CPU (TRITON_INTERPRET=1)."""
+    return HAS_TRITON and bool(triton.knobs.runtime.interpret)
+
+
+def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
+    """The backend, "triton" or "eager", that `op` runs on for these tensors.
+
+    Raises: ValueError for an unknown backend or tensors on several devices; RuntimeError if an
+    explicitly requested backend cannot run here. There is no silent fallback.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: all tensors must be on one device; got {names}")
+    device_type = next(iter(devices)).type
+    if backend == "eager":
+        return "eager"
+    if _recorder is not None and device_type == "meta":
+        return "triton"
+    if backend == "auto":
+        return "triton" if device_type == "cuda" and HAS_TRITON else "eager"
+    if not HAS_TRITON:
+        raise RuntimeError(f"{op}: backend 'triton' needs the triton package; pip install triton")
+    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
+        raise RuntimeError(
+            f"{op}: backend 'triton' needs CUDA or ROCm tensors, or CPU tensors with "
+            f"TRITON_INTERPRET=1 set before Python starts; got tensors on {device_type}"
+        )
+    return "triton"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """Start `kernel` on `grid`; a grid with no programs starts nothing."""
+    if 0 in grid:
+        return
+    if _recorder is not None:
+        _recorder(kernel, grid, args, kwargs)
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **kwargs)
+    else:
+        kernel[grid](*args, **kwargs)
+
+
+@contextlib.contextmanager
+def recording(recorder: Callable[..., None], architecture: str) -> Iterator[None]:
+    """Within it, ops on meta tensors hand each launch to `recorder(kernel, grid, args, kwargs)`.
+
+    Launch plans see `architecture`, e.g. "sm_90" or "gfx942", instead of this machine's.
+    """
+    global _recorder, _recorded_architecture
+    _recorder, _recorded_architecture = recorder, architecture
+    try:
+        yield
+    finally:
+        _recorder = _recorded_architecture = None
+
+
+def architecture(device: torch.device) -> str:
+    """What a launch plan is chosen by: "sm_90", "gfx942", ..., or "interpreter"."""
+    if _recorded_architecture is not None:
+        return _recorded_architecture
+    return _device_architecture(device.index or 0) if device.type == "cuda" else "interpreter"
+
+
+@functools.cache
+def _device_architecture(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`; a plausible 132 where there is no device."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

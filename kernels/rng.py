@@ -1,0 +1,166 @@
+"""Counter-based randomness: every random bit is f(seed, step, site, position).
+
+Philox-4x32 with 7 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    key      k0 = seed, k1 = step
+    counter  c0 = col // 8, c1 = row, c2 = plane, c3 = site
+    lanes    the 4 output words are 8 lanes of 16 bits; lane col % 8 is word lane // 2, low half
+             first
+    dropout  an element is dropped iff its lane < round(p * 65536); survivors are scaled by
+             65536 / (65536 - round(p * 65536))
+
+Attention probabilities: plane = b * H + h, row = query position, col = key position.
+Activations (B, T, C): plane = 0, row = b * T + t, col = channel. b counts in the global batch.
+
+`key` is a (2,) int64 tensor [seed, step] or a (3,) one [seed, step, first], values below 2**32;
+`first` is the index, in the global batch, of the first sequence of the tensors given (0 if
+absent), so that ranks and micro-batches draw what the whole batch would.
+"""
+
+import torch
+
+PHILOX_ROUNDS = 7
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+# Sites, numbered here and nowhere else.
+SITE_BATCH = 0
+SITE_EMBEDDING = 1
+SITE_SAMPLE = 2
+_FIRST_LAYER_SITE = 16
+_SITES_PER_LAYER = 4
+PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
+
+_LOW32 = 0xFFFFFFFF
+_CHUNK_GROUPS = 65_536  # Philox calls whose temporaries stay in the L2 cache
+
+
+def layer_site(layer: int, place: str) -> int:
+    """The site of one dropout: `place` is "attention", "projection" or "feedforward"."""
+    return _FIRST_LAYER_SITE + _SITES_PER_LAYER * layer + PLACES[place]
+
+
+def make_key(seed: int, step: int = 0, first: int = 0, device=None) -> torch.Tensor:
+    """The (3,) int64 key of one step."""
+    return torch.tensor([seed & _LOW32, step & _LOW32, first & _LOW32], device=device)
+
+
+def draw_key(device=None) -> torch.Tensor:
+    """A key from torch's own generator, so that torch.manual_seed governs calls without a key."""
+    key = torch.zeros(3, dtype=torch.int64, device=device)
+    key[:2] = torch.randint(0, 2**32, (2,), device=device)
+    return key
+
+
+def check_key(op: str, key: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """`key` itself, or a fresh one if None.
+
+    Raises: TypeError, ValueError if it is not a (2,) or (3,) int64 tensor on `device`.
+    """
+    if key is None:
+        return draw_key(device)
+    if not isinstance(key, torch.Tensor) or key.dtype != torch.int64:
+        got = key.dtype if isinstance(key, torch.Tensor) else type(key).__name__
+        raise TypeError(f"{op}: key must be an int64 tensor; got {got}")
+    if tuple(key.shape) not in ((2,), (3,)):
+        raise ValueError(
+            f"{op}: key must be (2,) [seed, step] or (3,) [seed, step, first]; "
+            f"got shape {tuple(key.shape)}"
+        )
+    if key.device != device:
+        raise ValueError(f"{op}: key must be on {device}; got {key.device}")
+    return key
+
+
+def dropout_threshold(p: float) -> int:
+    """16-bit lanes below it are dropped: round(p * 65536)."""
+    return round(p * 65536)
+
+
+def dropout_scale(p: float) -> float:
+    """The factor of the survivors: 65536 / (65536 - round(p * 65536))."""
+    return 65536 / (65536 - dropout_threshold(p))
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    """Raises: ValueError unless 0 <= dropout_p and some 16-bit lane survives."""
+    if not 0 <= dropout_p or dropout_threshold(dropout_p) >= 65536:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
+
+
+def philox4x32(c0, c1, c2, c3, k0: int, k1: int, rounds: int = PHILOX_ROUNDS):
+    """The four 32-bit output words, as int64 tensors, of Philox-4x32.
+
+    c0..c3: counters, int64 tensors below 2**32 of broadcastable shapes. A word takes only the
+    shape it depends on, so with counters along different axes the first two rounds cost little.
+    """
+    m0, m1 = PHILOX_MULTIPLIERS
+    for _ in range(rounds):
+        # int64 products wrap; shifting then masking reads them as unsigned all the same.
+        product0, product1 = c0 * m0, c2 * m1
+        c0, c2 = (
+            ((product1 >> 32) & _LOW32) ^ c1 ^ k0,
+            ((product0 >> 32) & _LOW32) ^ c3 ^ k1,
+        )
+        c1, c3 = product1 & _LOW32, product0 & _LOW32
+        k0 = (k0 + PHILOX_INCREMENTS[0]) & _LOW32
+        k1 = (k1 + PHILOX_INCREMENTS[1]) & _LOW32
+    return c0, c1, c2, c3
+
+
+def dropout_keep_mask(
+    key: torch.Tensor,
+    site: int,
+    planes: int | range,
+    rows: int | range,
+    cols: int,
+    p: float,
+    device=None,
+) -> torch.Tensor:
+    """True where an element survives dropout.
+
+    Args:
+        key: (2,) or (3,) int64 [seed, step(, first)]; `first` is ignored here: positions are
+            given by planes and rows, which count in the global batch.
+        site: which dropout of the model (`layer_site`).
+        planes, rows: a count n, meaning range(n), or a range of step 1.
+        cols: number of columns.
+        p: dropout probability in [0, 1).
+    Returns: (planes, rows, cols) bool.
+    Raises: ValueError if p is outside [0, 1).
+    """
+    check_dropout("dropout_keep_mask", p)
+    device = torch.device(device) if device is not None else key.device
+    planes = range(planes) if isinstance(planes, int) else planes
+    rows = range(rows) if isinstance(rows, int) else rows
+    k0, k1 = key.tolist()[:2]
+    groups = -(-cols // 8)
+    keep = torch.empty(len(planes), len(rows), groups * 8, dtype=torch.bool, device=device)
+    c0 = torch.arange(groups, device=device)
+    c1 = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    c2 = torch.arange(planes.start, planes.stop, device=device)[:, None, None]
+    c3 = torch.tensor(site, device=device)
+    rows_per_chunk = max(1, _CHUNK_GROUPS // max(1, groups))
+    planes_per_chunk = max(1, rows_per_chunk // max(1, len(rows)))
+    threshold = dropout_threshold(p) - 32768
+    for plane in range(0, len(planes), planes_per_chunk):
+        for row in range(0, len(rows), rows_per_chunk):
+            window = slice(plane, plane + planes_per_chunk), slice(row, row + rows_per_chunk)
+            words = philox4x32(c0, c1[window[1]], c2[window[0]], c3, k0, k1)
+            # Flipping the top bit of each half turns the unsigned comparison into a signed one.
+            lanes = (torch.stack(words, dim=-1) ^ 0x80008000).to(torch.int32).view(torch.int16)
+            keep[window] = lanes.flatten(-2) >= threshold
+    return keep[..., :cols]
+
+
+def random_integers(key: torch.Tensor, site: int, rows: range, high: int) -> torch.Tensor:
+    """len(rows) integers in [0, high), one a row, equal to those of any larger range of rows.
+
+    Computed on the key's device without a host sync.
+    """
+    row = torch.arange(rows.start, rows.stop, device=key.device)
+    if key.numel() == 3:
+        row = row + key[2]
+    zero = torch.zeros_like(row)
+    w0, w1, _, _ = philox4x32(zero, row, zero, zero + site, key[0], key[1])
+    return (w0 << 31 | w1 >> 1) % high

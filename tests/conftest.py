@@ -1,0 +1,26 @@
+"""Triton kernels run under the interpreter wherever there is no GPU."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any @triton.jit executes
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels are tested: the GPU if there is one, else the CPU under the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` skip without one; `slow` ones run only when asked for by -m."""
+    wants_slow = "slow" in (config.option.markexpr or "")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+        if "slow" in item.keywords and not wants_slow:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
