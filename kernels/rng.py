@@ -123,7 +123,7 @@ def dropout_keep_mask(
         key: (2,) or (3,) int64 [seed, step(, first)]; `first` is ignored here: positions are
             given by planes and rows, which count in the global batch.
         site: which dropout of the model (`layer_site`).
-        planes, rows: a count n, meaning range(n), or a range of step 1.
+        planes, rows: a count n, meaning range(n), or a range.
         cols: number of columns.
         p: dropout probability in [0, 1).
     Returns: (planes, rows, cols) bool.
@@ -137,8 +137,8 @@ def dropout_keep_mask(
     groups = -(-cols // 8)
     keep = torch.empty(len(planes), len(rows), groups * 8, dtype=torch.bool, device=device)
     c0 = torch.arange(groups, device=device)
-    c1 = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    c2 = torch.arange(planes.start, planes.stop, device=device)[:, None, None]
+    c1 = torch.arange(rows.start, rows.stop, rows.step, device=device)[:, None]
+    c2 = torch.arange(planes.start, planes.stop, planes.step, device=device)[:, None, None]
     c3 = torch.tensor(site, device=device)
     rows_per_chunk = max(1, _CHUNK_GROUPS // max(1, groups))
     planes_per_chunk = max(1, rows_per_chunk // max(1, len(rows)))

@@ -6,7 +6,8 @@ Rule (DESIGN.md section 5), per output and gradient, in max norm and in relative
 
 error_max = max |a - r| / max |r|,   error_rms = ||a - r|| / ||r||,   r the float64 reference.
 tiny is one rounding to nearest of the result's dtype at the largest magnitude: eps / 2 in max
-norm, eps / 4 in RMS. It matters only where plain PyTorch happens to be exact.
+norm, eps / 4 in RMS. It matters only where plain PyTorch happens to be exact. The error of a
+few numbers is a draw of luck, not a statistic, so below 16 elements tiny is 2 eps in both norms.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 ALLOWED_RATIO = 2.0
+FEW_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -25,20 +27,21 @@ class Comparison:
     error_rms: float
     plain_max: float
     plain_rms: float
-    tiny: float
+    tiny_max: float
+    tiny_rms: float
 
     @property
     def passed(self) -> bool:
         """Whether both norms obey the 2x rule; NaN never does."""
         return (
-            self.error_max <= ALLOWED_RATIO * self.plain_max + self.tiny
-            and self.error_rms <= ALLOWED_RATIO * self.plain_rms + self.tiny / 2
+            self.error_max <= ALLOWED_RATIO * self.plain_max + self.tiny_max
+            and self.error_rms <= ALLOWED_RATIO * self.plain_rms + self.tiny_rms
         )
 
     def __str__(self) -> str:
         return (
             f"{self.name}: max {self.error_max:.2e} (plain {self.plain_max:.2e}), "
-            f"rms {self.error_rms:.2e} (plain {self.plain_rms:.2e}), tiny {self.tiny:.1e}"
+            f"rms {self.error_rms:.2e} (plain {self.plain_rms:.2e}), tiny {self.tiny_max:.1e}"
         )
 
 
@@ -71,9 +74,12 @@ def compare(
             f"compare: {name}: reference must be float64 and dtypes agree; got "
             f"{reference.dtype}, {actual.dtype}, {plain.dtype}"
         )
+    eps = torch.finfo(actual.dtype).eps
+    few = actual.numel() < FEW_ELEMENTS
     return Comparison(
         name,
         *relative_errors(actual, reference),
         *relative_errors(plain, reference),
-        tiny=torch.finfo(actual.dtype).eps / 2,
+        tiny_max=2 * eps if few else eps / 2,
+        tiny_rms=2 * eps if few else eps / 4,
     )

@@ -1,0 +1,262 @@
+"""GPT: heads batched in one tensor, every step between two matrix products one fused op.
+
+embed -> LN -> [ GEMM -> attention -> GEMM -> dropout+add+LN
+                 -> GEMM+activation -> GEMM -> dropout+add+LN of what follows ] x n_layer -> head
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gptcore import naive
+from gptcore.config import GPTConfig
+from kernels import (
+    causal_attention,
+    causal_attention_qkv,
+    cross_entropy,
+    dropout_add_layer_norm,
+    embed,
+    layer_norm,
+    linear_act,
+    linear_cross_entropy,
+)
+from kernels.rng import SITE_EMBEDDING, draw_key, layer_site
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for decoding one token at a time.
+
+    Attributes:
+        keys, values: (n_layer, B, H, block_size, D).
+        length: tokens held, at most block_size.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.D)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Store k, v (B, H, T, D) of one layer; returns all its keys and values so far.
+
+        `length` moves on once, after the last layer, by whoever drives the layers.
+        """
+        start, stop = self.length, self.length + k.shape[2]
+        self.keys[layer, :, :, start:stop] = k
+        self.values[layer, :, :, start:stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+
+class Block(nn.Module):
+    """The parameters of one pre-norm transformer block; `GPT` runs it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, width = config.n_embd, config.n_head * config.D
+        self.ln_1 = nn.LayerNorm(C, bias=config.bias)
+        self.qkv = nn.Linear(C, 3 * width, bias=config.qkv_bias)  # rows ordered (3, H, D)
+        self.proj = nn.Linear(width, C, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(C, bias=config.bias)
+        self.mlp_in = nn.Linear(C, 4 * C, bias=config.bias)
+        self.mlp_out = nn.Linear(4 * C, C, bias=config.bias)
+
+
+class GPT(nn.Module):
+    """The batched, fused GPT; computes what `NaiveGPT` computes, masks and gradients included."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        if config.tied_head:
+            self.lm_head.weight = self.token_embedding.weight
+        if config.init == "gpt2":
+            self._init_gpt2()
+
+    @torch.no_grad()
+    def _init_gpt2(self):
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith(("proj.weight", "mlp_out.weight"))
+                parameter.normal_(0.0, residual_std if residual else 0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, idx, targets=None, key=None, *, return_logits=True):
+        """Logits and, with targets, the mean loss.
+
+        Args:
+            idx: (B, T) integers, T <= block_size.
+            targets: (B, T) integers; -100 is ignored.
+            key: (2,) or (3,) int64 of `kernels.rng`; drawn from torch's generator if None.
+            return_logits: False, with targets, never holds the logits; they come back as None.
+        Returns: logits (B, T, V) or None, scalar loss or None.
+        Raises: ValueError if T exceeds block_size.
+        """
+        y = self.hidden(idx, key)
+        head, backend = self.lm_head, self.config.backend
+        if targets is not None and not return_logits:
+            return None, linear_cross_entropy(y, head.weight, head.bias, targets, backend=backend)
+        logits = F.linear(y, head.weight, head.bias)
+        if targets is None:
+            return logits, None
+        return logits, cross_entropy(logits, targets, backend=backend)
+
+    def hidden(self, idx, key=None, cache: KVCache | None = None):
+        """The final LayerNorm's output (B, T, C) for idx (B, T).
+
+        With a cache, idx continues the tokens in it, and their keys and values are added.
+        """
+        config = self.config
+        B, T = idx.shape
+        position = cache.length if cache is not None else 0
+        if position + T > config.block_size:
+            raise ValueError(
+                f"GPT: at most block_size tokens; got {position + T}, "
+                f"block_size {config.block_size}"
+            )
+        p = config.dropout if self.training else 0.0
+        if p and key is None:
+            key = draw_key(idx.device)
+        x = embed(
+            idx,
+            self.token_embedding.weight,
+            self.position_embedding.weight[position : position + T],
+            dropout_p=p if config.embedding_dropout else 0.0,
+            key=key,
+            site=SITE_EMBEDDING,
+            backend=config.backend,
+        )
+        ln = self.blocks[0].ln_1
+        y = layer_norm(x, ln.weight, ln.bias, eps=ln.eps, backend=config.backend)
+        for layer, block in enumerate(self.blocks):
+            following = self.blocks[layer + 1].ln_1 if layer + 1 < config.n_layer else self.ln_f
+            o = self._attention(layer, block, y, p, key, cache)
+            y, x = self._residual(block.proj, o, x, block.ln_2, p, key, layer, "projection")
+            h = linear_act(
+                y,
+                block.mlp_in.weight,
+                block.mlp_in.bias,
+                activation=config.activation,
+                backend=config.backend,
+            )
+            y, x = self._residual(block.mlp_out, h, x, following, p, key, layer, "feedforward")
+        if cache is not None:
+            cache.length += T
+        return y
+
+    def _attention(self, layer, block, y, p, key, cache):
+        """(B, T, C) -> (B, T, H * D)."""
+        config = self.config
+        qkv = block.qkv(y).unflatten(-1, (3, config.n_head, config.D))
+        options = {
+            "scale": config.scale,
+            "dropout_p": p,
+            "key": key,
+            "site": layer_site(layer, "attention"),
+            "backend": config.backend,
+        }
+        if cache is None:
+            return causal_attention_qkv(qkv, **options).flatten(-2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        k, v = cache.append(layer, k, v)
+        return causal_attention(q, k, v, **options).transpose(1, 2).flatten(-2)
+
+    def _residual(self, linear, h, x, ln, p, key, layer, place):
+        """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""
+        return dropout_add_layer_norm(
+            linear(h),
+            x,
+            ln.weight,
+            ln.bias,
+            eps=ln.eps,
+            dropout_p=p,
+            key=key,
+            site=layer_site(layer, place),
+            backend=self.config.backend,
+        )
+
+    @classmethod
+    def from_naive(cls, model: naive.NaiveGPT) -> "GPT":
+        """The same model, batched: weights, dtype, device and mode are copied."""
+        weight = model.lm_head.weight
+        with torch.device(weight.device):
+            gpt = cls(model.config).to(weight.dtype)
+        _copy_weights(model, gpt, to_naive=False)
+        return gpt.train(model.training)
+
+    def to_naive(self) -> naive.NaiveGPT:
+        """The same model, head by head: weights, dtype, device and mode are copied."""
+        weight = self.lm_head.weight
+        with torch.device(weight.device):
+            model = naive.NaiveGPT(self.config).to(weight.dtype)
+        _copy_weights(model, self, to_naive=True)
+        return model.train(self.training)
+
+
+@torch.no_grad()
+def _copy_weights(model: naive.NaiveGPT, gpt: GPT, *, to_naive: bool):
+    """Copy every parameter from one form to the other."""
+
+    def copy(naive_parameter, gpt_parameter):
+        if naive_parameter is None:
+            return
+        pair = (naive_parameter, gpt_parameter)
+        target, source = pair if to_naive else pair[::-1]
+        target.copy_(source)
+
+    def copy_module(naive_module, gpt_module):
+        copy(naive_module.weight, gpt_module.weight)
+        copy(getattr(naive_module, "bias", None), getattr(gpt_module, "bias", None))
+
+    copy_module(model.token_embedding_table, gpt.token_embedding)
+    copy_module(model.position_embedding_table, gpt.position_embedding)
+    copy_module(model.ln_f, gpt.ln_f)
+    copy_module(model.lm_head, gpt.lm_head)
+    for naive_block, block in zip(model.blocks, gpt.blocks, strict=True):
+        copy_module(naive_block.ln1, block.ln_1)
+        copy_module(naive_block.ln2, block.ln_2)
+        copy_module(naive_block.sa.proj, block.proj)
+        copy_module(naive_block.ffwd.net[0], block.mlp_in)
+        copy_module(naive_block.ffwd.net[2], block.mlp_out)
+        heads = (3, gpt.config.n_head, gpt.config.D)
+        weight = block.qkv.weight.unflatten(0, heads)  # (3, H, D, C)
+        bias = block.qkv.bias.unflatten(0, heads) if block.qkv.bias is not None else None
+        for h, head in enumerate(naive_block.sa.heads):
+            for which, linear in enumerate((head.query, head.key, head.value)):
+                copy(linear.weight, weight[which, h])
+                if bias is not None:
+                    copy(linear.bias, bias[which, h])
+
+
+MODELS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "gpt": GPT,
+    "naive": naive.NaiveGPT,
+    "multihead": naive.MultiHeadLM,
+    "head": naive.SingleHeadLM,
+    "bigram-embedding": naive.EmbeddedBigramLM,
+    "bigram": naive.BigramLM,
+}
+
+
+def build_model(name: str, config: GPTConfig) -> nn.Module:
+    """The rung of the ladder called `name`.
+
+    Raises: ValueError for an unknown name, with the known ones.
+    """
+    if name not in MODELS:
+        raise ValueError(f"build_model: model must be one of {', '.join(MODELS)}; got {name!r}")
+    return MODELS[name](config)

@@ -1,0 +1,226 @@
+"""GPT equals NaiveGPT: logits, loss and every gradient, with shared dropout masks."""
+
+import pytest
+import torch
+
+from gptcore.config import GPTConfig
+from gptcore.model import GPT, KVCache
+from gptcore.naive import NaiveGPT
+from kernels.rng import make_key
+from kernels.verify import compare
+
+BASE = GPTConfig(vocab_size=13, block_size=9, n_layer=2, n_head=2, n_embd=16, backend="eager")
+SHAPES = {
+    "B2-T9-H2-D8": (BASE, 2, 9),
+    "B3-T5-H4-D4": (BASE.replace(n_head=4), 3, 5),
+    "B1-T1-H1-D16": (BASE.replace(n_head=1), 1, 1),
+    "B2-T7-H3-D5-undivided": (BASE.replace(n_head=3), 2, 7),
+    "B2-T9-head_size3": (BASE.replace(head_size=3), 2, 9),
+    "gpt2": (
+        BASE.replace(
+            tied_head=True,
+            activation="gelu",
+            qkv_bias=True,
+            head_bias=False,
+            attention_scale="head_size",
+            embedding_dropout=True,
+            init="gpt2",
+        ),
+        2,
+        9,
+    ),
+    "nanogpt-no-bias": (
+        BASE.replace(bias=False, head_bias=False, tied_head=True, activation="gelu"),
+        2,
+        9,
+    ),
+    "relu2": (BASE.replace(activation="relu2"), 2, 6),
+}
+
+
+def run(model, idx, targets, key):
+    """Logits, loss and gradients by name of one training step."""
+    model.zero_grad()
+    logits, loss = model(idx, targets, key)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return logits.detach(), loss.detach(), gradients
+
+
+def naive_gradients(gpt, model):
+    """Gradients of `model`, a NaiveGPT, under the names of `gpt`."""
+    carrier = NaiveGPT(gpt.config).to(model.lm_head.weight.dtype)
+    with torch.no_grad():
+        for target, source in zip(carrier.parameters(), model.parameters(), strict=True):
+            target.copy_(source.grad)
+    return {name: p.detach() for name, p in GPT.from_naive(carrier).named_parameters()}
+
+
+def equivalent_pair(config, seed=0):
+    """A NaiveGPT and the GPT with its weights."""
+    torch.manual_seed(seed)
+    model = NaiveGPT(config)
+    return model, GPT.from_naive(model)
+
+
+def tokens(config, B, T, seed=1):
+    """idx and targets (B, T); one target is ignored where there are several."""
+    generator = torch.Generator().manual_seed(seed)
+    idx, targets = torch.randint(config.vocab_size, (2, B, T), generator=generator)
+    if B * T > 1:
+        targets[0, 0] = -100
+    return idx, targets
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gpt_equals_naive_in_float64(shape, dropout):
+    config, B, T = SHAPES[shape]
+    model, gpt = equivalent_pair(config.replace(dropout=dropout))
+    model, gpt = model.double(), gpt.double()
+    idx, targets = tokens(config, B, T)
+    key = make_key(11, 3, first=4)
+    logits, loss, gradients = run(gpt, idx, targets, key)
+    expected_logits, expected_loss, _ = run(model, idx, targets, key)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
+    for name, expected in naive_gradients(gpt, model).items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gpt_obeys_the_2x_rule_in_float32(shape, dropout):
+    """As near to float64 as the naive model in float32 is, for every output and gradient."""
+    config, B, T = SHAPES[shape]
+    model, gpt = equivalent_pair(config.replace(dropout=dropout))
+    idx, targets = tokens(config, B, T)
+    key = make_key(11, 3)
+    logits, loss, gradients = run(gpt, idx, targets, key)
+    plain_logits, plain_loss, _ = run(model, idx, targets, key)
+    plain_gradients = naive_gradients(gpt, model)
+    true_logits, true_loss, _ = run(model.double(), idx, targets, key)
+    true_gradients = naive_gradients(gpt.double(), model)
+    rows = [
+        compare("logits", logits, plain_logits, true_logits),
+        compare("loss", loss, plain_loss, true_loss),
+        *(
+            compare(name, gradients[name], plain_gradients[name], true_gradients[name])
+            for name in gradients
+        ),
+    ]
+    assert [str(row) for row in rows if not row.passed] == []
+
+
+def test_return_logits_false_gives_the_same_loss_and_gradients():
+    _, gpt = equivalent_pair(BASE.replace(dropout=0.2))
+    gpt = gpt.double()
+    idx, targets = tokens(BASE, 2, 9)
+    _, loss, gradients = run(gpt, idx, targets, make_key(1))
+    gpt.zero_grad()
+    logits, fused_loss = gpt(idx, targets, make_key(1), return_logits=False)
+    fused_loss.backward()
+    assert logits is None
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-12, atol=0)
+    for name, parameter in gpt.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-13)
+
+
+def test_masks_depend_on_the_key_and_only_on_it():
+    _, gpt = equivalent_pair(BASE.replace(dropout=0.2))
+    idx, targets = tokens(BASE, 2, 9)
+    losses = [gpt(idx, targets, make_key(1, step))[1].item() for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+    torch.manual_seed(7)
+    first = gpt(idx, targets)[1].item()
+    second = gpt(idx, targets)[1].item()
+    torch.manual_seed(7)
+    assert gpt(idx, targets)[1].item() == first != second
+
+
+def test_splitting_the_batch_changes_nothing():
+    """Halves of a batch, their `first` set, give the rows the whole batch gives."""
+    _, gpt = equivalent_pair(BASE.replace(dropout=0.2, embedding_dropout=True))
+    gpt = gpt.double()
+    idx, _ = tokens(BASE, 4, 9)
+    whole = gpt(idx, key=make_key(3, 5))[0]
+    halves = [gpt(idx[b : b + 2], key=make_key(3, 5, first=b))[0] for b in (0, 2)]
+    torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_eval_turns_dropout_off():
+    _, gpt = equivalent_pair(BASE.replace(dropout=0.5))
+    idx, _ = tokens(BASE, 2, 9)
+    assert torch.equal(gpt.eval()(idx)[0], gpt(idx, key=make_key(9))[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_survive_the_round_trip(shape):
+    config, B, T = SHAPES[shape]
+    model, gpt = equivalent_pair(config)
+    back = gpt.to_naive()
+    assert back.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    again = GPT.from_naive(back).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in gpt.state_dict().items())
+
+
+def test_notebook_parameter_count():
+    with torch.device("meta"):
+        assert GPT(GPTConfig()).num_parameters() == 10_788_929
+
+
+def test_initial_distribution_is_the_naive_models():
+    """Packing q, k, v leaves each weight's distribution as PyTorch's Linear has it."""
+    torch.manual_seed(0)
+    gpt, model = GPT(GPTConfig(n_layer=1)), NaiveGPT(GPTConfig(n_layer=1))
+    bound = 384**-0.5
+    for weight in (gpt.blocks[0].qkv.weight, model.blocks[0].sa.heads[0].key.weight):
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert abs(weight.std() / (bound / 3**0.5) - 1) < 0.02
+    assert abs(gpt.token_embedding.weight.std() - 1) < 0.02
+
+
+def test_gpt2_init_scales_residual_projections():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(init="gpt2", n_layer=2))
+    assert abs(gpt.blocks[0].qkv.weight.std() / 0.02 - 1) < 0.02
+    assert abs(gpt.blocks[1].mlp_out.weight.std() / (0.02 / 2) - 1) < 0.02
+    assert not gpt.blocks[0].proj.bias.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_decoding_gives_the_same_hidden_states(shape):
+    config, B, T = SHAPES[shape]
+    _, gpt = equivalent_pair(config)
+    gpt = gpt.double().eval()
+    idx, _ = tokens(config, B, T)
+    whole = gpt.hidden(idx)
+    cache = KVCache(config, B, dtype=torch.float64)
+    prompt = T // 2
+    parts = [gpt.hidden(idx[:, :prompt], cache=cache)] if prompt else []
+    parts += [gpt.hidden(idx[:, t : t + 1], cache=cache) for t in range(prompt, T)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-11)
+    assert cache.length == T
+
+
+def test_too_many_tokens():
+    _, gpt = equivalent_pair(BASE)
+    with pytest.raises(ValueError, match="at most block_size tokens; got 10, block_size 9"):
+        gpt(torch.zeros(1, 10, dtype=torch.long))
+
+
+@pytest.mark.parametrize("damage", ["scale", "mask", "projection"])
+def test_equivalence_sees_damage(damage):
+    """What the tests above compare does differ when the model is wrong."""
+    model, gpt = equivalent_pair(BASE.replace(dropout=0.2))
+    idx, targets = tokens(BASE, 2, 9)
+    expected = model(idx, targets, make_key(0))[0]
+    torch.testing.assert_close(gpt(idx, targets, make_key(0))[0], expected)
+    if damage == "scale":
+        gpt.config = BASE.replace(attention_scale="head_size")
+    elif damage == "projection":
+        gpt.blocks[0].proj.bias.data.zero_()
+    damaged = gpt(idx, targets, make_key(0, step=1 if damage == "mask" else 0))[0]
+    assert (damaged - expected).abs().max() > 1e-3
