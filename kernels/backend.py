@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 try:
     import triton
@@ -62,13 +63,20 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Start `kernel` on `grid`; a grid with no programs starts nothing."""
+    """Start `kernel` on `grid`; a grid with no programs starts nothing.
+
+    Nor do tensors without storage, fake or meta, so that the function that allocates the outputs
+    of an op and launches its kernel is also the op's fake, and its shape rules are stated once.
+    """
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    device = tensor.device
+    if isinstance(tensor, FakeTensor) or (device.type == "meta" and _recorder is None):
+        return
     if 0 in grid:
         return
     if _recorder is not None:
         _recorder(kernel, grid, args, kwargs)
         return
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **kwargs)
