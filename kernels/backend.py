@@ -7,6 +7,7 @@
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,13 +20,18 @@ try:
 
     HAS_TRITON = True
 except ImportError:  # Windows, macOS: the eager backend is all there is
-    triton = tl = None
+    triton, tl = None, types.SimpleNamespace(constexpr=None)
     HAS_TRITON = False
 
 BACKENDS = ("auto", "triton", "eager")
 
 _recorder: Callable[..., None] | None = None
 _recorded_architecture: str | None = None
+
+
+def jit(function: Callable) -> Any:
+    """`triton.jit`; without triton the function itself, which then nobody calls."""
+    return triton.jit(function) if HAS_TRITON else function
 
 
 def interpreting() -> bool:
