@@ -19,6 +19,8 @@ absent), so that ranks and micro-batches draw what the whole batch would.
 
 import torch
 
+from kernels.backend import HAS_TRITON, tl, triton
+
 PHILOX_ROUNDS = 7
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -164,3 +166,52 @@ def random_integers(key: torch.Tensor, site: int, rows: range, high: int) -> tor
     zero = torch.zeros_like(row)
     w0, w1, _, _ = philox4x32(zero, row, zero, zero + site, key[0], key[1])
     return (w0 << 31 | w1 >> 1) % high
+
+
+if HAS_TRITON:
+    _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+    _M0, _M1 = tl.constexpr(PHILOX_MULTIPLIERS[0]), tl.constexpr(PHILOX_MULTIPLIERS[1])
+    _W0, _W1 = tl.constexpr(PHILOX_INCREMENTS[0]), tl.constexpr(PHILOX_INCREMENTS[1])
+
+    @triton.jit
+    def load_key(key_ptr, HAS_FIRST: tl.constexpr):
+        """seed, step, first of a (2,) or (3,) key, as uint32 scalars."""
+        seed = tl.load(key_ptr).to(tl.uint32)
+        step = tl.load(key_ptr + 1).to(tl.uint32)
+        if HAS_FIRST:
+            first = tl.load(key_ptr + 2).to(tl.uint32)
+        else:
+            first = seed ^ seed
+        return seed, step, first
+
+    @triton.jit
+    def philox(c0, c1, c2, c3, k0, k1):
+        """The four uint32 output words of `philox4x32`; all arguments uint32.
+
+        Counters keep their own broadcastable shapes, e.g. c0 (1, G), c1 (M, 1), scalar c2 and c3:
+        the first two rounds and half of the third then cost one axis each, not the tile.
+        """
+        for _ in tl.static_range(_ROUNDS):
+            high0, low0 = tl.umulhi(c0, _M0), c0 * _M0
+            high1, low1 = tl.umulhi(c2, _M1), c2 * _M1
+            c0, c1 = high1 ^ (c1 ^ k0), low1
+            c2, c3 = high0 ^ (c3 ^ k1), low0
+            k0 += _W0
+            k1 += _W1
+        return c0, c1, c2, c3
+
+    @triton.jit
+    def keep_tile(seed, step, plane, site, rows, col, threshold, COLS: tl.constexpr):
+        """(M, COLS) int1, what survives dropout in rows (M,) and columns col ... col + COLS - 1.
+
+        col and COLS are multiples of 8 and COLS is a power of two; seed, step, plane, site and
+        threshold, `dropout_threshold(p)`, are scalars.
+        """
+        groups = (col // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)[None, :]
+        rows32 = rows.to(tl.uint32)[:, None]
+        plane, site = tl.full((), plane, tl.uint32), tl.full((), site, tl.uint32)
+        w0, w1, w2, w3 = philox(groups, rows32, plane, site, seed, step)
+        # The last joined axis runs fastest: (w0, w2) then (w1, w3) gives w0, w1, w2, w3.
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(rows.shape[0], COLS // 2)
+        bound = tl.full((), threshold, tl.uint32) << 16
+        return tl.join(words << 16 >= bound, words >= bound).reshape(rows.shape[0], COLS)
