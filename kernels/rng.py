@@ -29,6 +29,7 @@ PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 SITE_BATCH = 0
 SITE_EMBEDDING = 1
 SITE_SAMPLE = 2
+SITE_EVALUATION = 3
 _FIRST_LAYER_SITE = 16
 _SITES_PER_LAYER = 4
 PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
@@ -158,13 +159,13 @@ def dropout_keep_mask(
 def random_integers(key: torch.Tensor, site: int, rows: range, high: int) -> torch.Tensor:
     """len(rows) integers in [0, high), one a row, equal to those of any larger range of rows.
 
-    Computed on the key's device without a host sync.
+    Computed on the key's device without a host sync. Keys (..., 3) give integers (..., rows).
     """
     row = torch.arange(rows.start, rows.stop, device=key.device)
-    if key.numel() == 3:
-        row = row + key[2]
+    if key.shape[-1] == 3:
+        row = row + key[..., 2, None]
     zero = torch.zeros_like(row)
-    w0, w1, _, _ = philox4x32(zero, row, zero, zero + site, key[0], key[1])
+    w0, w1, _, _ = philox4x32(zero, row, zero, zero + site, key[..., 0, None], key[..., 1, None])
     return (w0 << 31 | w1 >> 1) % high
 
 
