@@ -1,22 +1,49 @@
 """What the compiler made of every kernel, on any machine: no GPU is needed.
 
+    python -m kernels.codegen [--arch sm_90 ...] [--op layer_norm ...] [--check]
+
 An op is called on meta tensors inside `backend.recording`, so its launches are seen exactly as
 they are shipped; each is specialised as Triton specialises it, compiled for the architecture
 asked for, disassembled and counted.
+
+    registers, spills, stack, shared    of a thread, and of a program
+    programs                            resident on one multiprocessor, and what limits them
+    loop                                instructions of the hottest loop
+    /element                            thread instructions of that loop per element it computes
+    floor    max(bytes / bandwidth, matrix FLOP / tensor rate) on a named GPU
+    bound    max(floor, warp instructions / issue rate): what this code cannot beat
 """
 
+import itertools
+import json
+import math
+import os
+import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels import backend
+from kernels.budgets import BUDGETS, CASES, OPS, WORK, Case
+from kernels.command_line import Parser, rerun, table
 from kernels.disassembly import Loop, count, find_loops, read_amdgcn, read_sass
-from kernels.gpus import MULTIPROCESSORS, occupancy
+from kernels.gpus import GPU, GPUS, MULTIPROCESSORS, occupancy
 
 ARCHES = tuple(MULTIPROCESSORS)
+DEFAULT_GPUS = {
+    "sm_80": "A100",
+    "sm_89": "RTX4090",
+    "sm_90": "H200",
+    "sm_100": "B200",
+    "gfx942": "MI300X",
+}
+MEASUREMENTS = Path(__file__).resolve().parent.parent / "bench" / "results"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,6 +54,11 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
 
     @property
     def bytes(self) -> int:
@@ -64,27 +96,32 @@ class Report:
         """Threads of one program."""
         return self.warps * MULTIPROCESSORS[self.arch].warp_size
 
-    @property
-    def hottest_loop(self) -> Loop | None:
-        """The innermost loop with the most instructions; None in straight-line code."""
-        return max(
-            (loop for loop in self.loops if loop.innermost),
-            key=lambda loop: loop.instructions,
-            default=None,
-        )
+    def loop_instructions(self, passes: int = 1) -> int:
+        """Instructions of the `passes` hottest innermost loops; 0 in straight-line code."""
+        sizes = sorted(loop.instructions for loop in self.loops if loop.innermost)
+        return sum(sizes[-passes:])
 
-    def instructions_per_element(self, *tile: str) -> float:
+    def instructions_per_element(self, *tile: str, passes: int = 1) -> float:
         """Thread instructions of the hottest loop, or of all code, per element of one tile.
 
         `tile` names the constexpr arguments whose product is the elements that one iteration (or,
-        without a loop, one program) covers, e.g. "BLOCK_M", "BLOCK_N".
+        without a loop, one program) covers, e.g. "BLOCK_M", "BLOCK_N"; `passes` is how many loops
+        every element goes through, e.g. 2 where a backward pass visits a tile for dk and for dq.
         """
-        elements = 1
-        for name in tile:
-            elements *= self.constants[name]
-        loop = self.hottest_loop
-        instructions = loop.instructions if loop else self.instructions
-        return instructions * self.threads / elements
+        instructions = self.loop_instructions(passes) or self.instructions
+        return instructions * self.threads / self.elements(*tile)
+
+    def elements(self, *tile: str) -> int:
+        """The product of the constexpr arguments named."""
+        return math.prod(self.constants[name] for name in tile)
+
+    def warp_instructions(self, elements: float, *tile: str, passes: int = 1) -> float:
+        """Warp instructions a launch over `elements` issues, every path of straight code taken."""
+        programs = math.prod(self.grid)
+        inside = sum(loop.instructions for loop in self.loops if loop.innermost)
+        iterations = elements / self.elements(*tile)
+        once = programs * (self.instructions - inside)
+        return self.warps * (once + iterations * self.loop_instructions(passes))
 
 
 def record(function: Callable[[], Any], arch: str) -> list[Launch]:
@@ -185,3 +222,291 @@ def _distinct_bytes(tensor: torch.Tensor) -> int:
     for size in sizes:
         elements *= size
     return elements * tensor.element_size()
+
+
+def examine(
+    cases: Iterable[Case], arches: Iterable[str], gpus: dict[str, GPU], jobs: int | None = None
+) -> list[Row]:
+    """Compile every distinct launch of `cases` on those of `arches` that they are shipped for.
+
+    Args:
+        cases: as in kernels.budgets; arches: some of ARCHES; gpus: for each architecture the GPU
+            to bound time on; jobs: compilers at a time, by default one a core.
+    Returns: one dictionary a kernel, case and architecture, fit for JSON; where compilation
+        failed it has "error" instead of figures.
+    """
+    from triton.errors import TritonError
+
+    measured = measurements()
+
+    def compile_row(work: tuple[Case, str, Launch]) -> Row:
+        case, arch, launch = work
+        row = {"op": case.op, "case": case.name, "kernel": launch.name, "arch": arch}
+        try:
+            report = compile_launch(launch.kernel, launch.grid, launch.args, launch.kwargs, arch)
+        except (RuntimeError, TritonError) as error:  # the compiler's own: a row, not the end
+            return row | {"error": _last_line(error)}
+        row |= _figures(report, case, gpus[arch])
+        return row | {"measured_us": measured.get((row["gpu"], launch.name, case.name))}
+
+    rows: list[Row] = []
+    work: list[tuple[Case, str, Launch]] = []
+    for case, arch in itertools.product(cases, arches):
+        if arch not in case.arches:
+            continue
+        try:
+            work.extend((case, arch, launch) for launch in _distinct(record(case, arch)))
+        except RuntimeError as error:
+            row = {"op": case.op, "case": case.name, "kernel": "-", "arch": arch}
+            rows.append(row | {"error": f"no launch recorded: {_last_line(error)}"})
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        return rows + list(pool.map(compile_row, work))
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """The launches that can differ in code: by kernel, dtypes, alignment, integers, constants."""
+
+    def look(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16
+        return value if not isinstance(value, int) else (value == 1, value % 16 == 0, value >> 31)
+
+    distinct = {}
+    for launch in launches:
+        key = (launch.name, *map(look, launch.args), str(launch.kwargs))
+        distinct.setdefault(key, launch)
+    return list(distinct.values())
+
+
+def _figures(report: Report, case: Case, gpu: GPU) -> Row:
+    """A report as a row: its fields, instructions per element, and bounds on its time."""
+    row = asdict(report) | {"gpu": gpu.name, "constants": _plain(report.constants)}
+    row |= {"loop": report.loop_instructions(), "per_element": None, "bound_us": None}
+    seconds = {"bytes": report.bytes / gpu.bandwidth}
+    work = WORK.get(report.kernel)
+    if work is not None:
+        elements = work.elements(case.sizes)
+        rate = gpu.tensor_rate["tf32" if case.dtype == torch.float32 else "bfloat16"]
+        seconds["FLOP"] = elements * work.flop(case.sizes) / rate
+    row["floor_us"] = max(seconds.values()) * 1e6
+    if work is not None and work.tile:
+        row["per_element"] = report.instructions_per_element(*work.tile, passes=work.passes)
+        issued = report.warp_instructions(elements, *work.tile, passes=work.passes)
+        seconds["instructions"] = issued / gpu.issue_rate
+        row["bound_us"] = max(seconds.values()) * 1e6
+    return row | {"bound_by": max(seconds, key=lambda name: seconds[name])}
+
+
+def _plain(constants: dict[str, Any]) -> dict[str, Any]:
+    """Constants as JSON has them: numbers, booleans and None stay, the rest becomes a string."""
+    keep = (bool, int, float, type(None))
+    return {k: v if isinstance(v, keep) else str(v) for k, v in constants.items()}
+
+
+def measurements(folder: Path = MEASUREMENTS) -> dict[tuple[str, str, str], float]:
+    """Microseconds by (gpu, kernel, case), from the JSON files of `folder` that have them.
+
+    Such a file is an object with "kernel_times": [{"gpu", "kernel", "case", "us"}, ...].
+    """
+    times = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        for time in content.get("kernel_times", ()) if isinstance(content, dict) else ():
+            times[time["gpu"], time["kernel"], time["case"]] = time["us"]
+    return times
+
+
+def check(rows: Iterable[Row]) -> list[str]:
+    """One line for every budget that a row breaks; a row without a budget is a breach too."""
+    breaches = []
+    for row in rows:
+        key = row["op"], row["case"], row["kernel"], row["arch"]
+        if "error" in row:
+            found = [f"must compile; got {row['error']}"]
+        elif key not in BUDGETS:
+            found = ["must have a row in kernels/budgets.py; got none"]
+        else:
+            found = BUDGETS[key].breaches(row)
+        breaches.extend(f"{' '.join(key)}: {breach}" for breach in found)
+    return breaches
+
+
+def stale(rows: Iterable[Row], cases: Iterable[Case], arches: Iterable[str]) -> list[str]:
+    """One line for every budget, among these cases and arches, whose kernel no longer runs."""
+    seen = {(row["op"], row["case"], row["kernel"], row["arch"]) for row in rows}
+    examined = {(case.op, case.name, arch) for case in cases for arch in arches}
+    return [
+        f"{' '.join(key)}: budget must belong to a kernel that is launched; got none"
+        for key in BUDGETS
+        if (key[0], key[1], key[3]) in examined and key not in seen
+    ]
+
+
+def difference(old: Iterable[Row], new: Iterable[Row]) -> list[list[str]]:
+    """What changed from `old` to `new`: [op, case, kernel, arch, figure, old, new] as strings."""
+    figures = (
+        *("registers", "spills", "stack", "shared", "occupancy", "tensor_core", "global_loads"),
+        *("transcendental", "instructions", "loop", "error"),
+    )
+
+    def index(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
+        names = ("op", "case", "kernel", "arch")
+        return {(*(row[n] for n in names), str(row.get("constants"))): row for row in rows}
+
+    before, after = index(old), index(new)
+    changes = []
+    for key in dict.fromkeys((*before, *after)):
+        if key not in before or key not in after:
+            had, has = ("", "launched") if key in after else ("launched", "")
+            changes.append([*key[:4], "kernel", had, has])
+            continue
+        for figure in figures:
+            a, b = before[key].get(figure), after[key].get(figure)
+            if a != b:
+                changes.append([*key[:4], figure, _cell(a), _cell(b)])
+    return changes
+
+
+def _cell(value: Any) -> str:
+    """A figure as a table shows it."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return " ".join(f"{count}x{name}" for name, count in sorted(value.items()))
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _print_rows(rows: Sequence[Row], arch: str, gpu: GPU) -> None:
+    """The table of one architecture."""
+    print(f"\n{arch}, times in us on one {gpu.name}")
+    columns = {
+        "kernel": "kernel",
+        "warps": "warps",
+        "registers": "regs",
+        "spills": "spills",
+        "stack": "stack",
+        "shared": "shared",
+        "programs": "programs",
+        "tensor": "tensor core",
+        "loads": "loads",
+        "transcendental": "mufu",
+        "instructions": "instr",
+        "loop": "loop",
+        "per_element": "/element",
+        "floor_us": "floor",
+        "bound_us": "bound",
+        "bound_by": "by",
+        "measured_us": "measured",
+    }
+    for op, case in dict.fromkeys((row["op"], row["case"]) for row in rows):
+        mine = [row for row in rows if (row["op"], row["case"]) == (op, case)]
+        print(f"\n{op} {case}")
+        for row in mine:
+            if "error" in row:
+                print(f"  {row['kernel']}: does not compile: {row['error']}")
+        cells = []
+        for row in mine:
+            if "error" in row:
+                continue
+            kinds = Counter()
+            for opcode, number in row["tensor_core"].items():
+                kinds[opcode.split(".")[0]] += number
+            shown = row | {
+                "programs": f"{row['occupancy']} ({row['limiter']})",
+                "tensor": dict(kinds),
+                "loads": row["global_loads"],
+            }
+            cells.append([_cell(shown[name]) for name in columns])
+        if cells:
+            print(table(list(columns.values()), cells))
+
+
+def _budget_lines(rows: Iterable[Row]) -> list[str]:
+    """Rows for kernels/budgets.py: what was compiled, with a little to spare."""
+    lines: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            key = row["op"], row["case"], row["kernel"], row["arch"]
+            lines.setdefault(key, []).append(row)
+    text = []
+    for key, group in lines.items():
+        registers = min(255, max(-(-row["registers"] // 8) * 8 + 8 for row in group))
+        shared = max(row["shared"] for row in group)
+        programs = min(row["occupancy"] for row in group)
+        elements = [row["per_element"] for row in group if row["per_element"] is not None]
+        per_element = f"{1.1 * max(elements):.1f}" if elements else "-"
+        kinds = {
+            opcode.split(".")[0].split("_f32")[0] for row in group for opcode in row["tensor_core"]
+        }
+        kind = max(kinds, key=lambda k: ("GMMA" in k, "UTC" in k), default="-")
+        text.append(" ".join((*key, str(registers), str(shared), str(programs), per_element, kind)))
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 good, 1 a budget is broken, 2 bad input."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = Parser(prog="python -m kernels.codegen", description="What the compiler made.")
+    parser.add_argument("--arch", nargs="+", metavar="ARCH", help=f"of {', '.join(ARCHES)}")
+    parser.add_argument("--op", nargs="+", metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument("--gpu", nargs="+", metavar="GPU", help=f"of {', '.join(GPUS)}")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there")
+    parser.add_argument("--check", action="store_true", help="hold the budgets: exit 1 on a breach")
+    parser.add_argument("--diff", metavar="FILE", type=Path, help="compare with an earlier --json")
+    parser.add_argument("--print-budgets", action="store_true", help="rows for kernels/budgets.py")
+    options = parser.parse_args(arguments)
+    parser.check_known("--arch", options.arch or (), ARCHES)
+    parser.check_known("--op", options.op or (), OPS)
+    parser.check_known("--gpu", options.gpu or (), GPUS)
+    parser.check_writable(options.json)
+    earlier = _read_rows(parser, options.diff) if options.diff else None
+    if not backend.HAS_TRITON:
+        parser.error("needs the triton package; pip install triton")
+    if backend.interpreting():
+        rerun("kernels.codegen", arguments, interpret=False)
+    gpus = {arch: GPUS[name] for arch, name in DEFAULT_GPUS.items()}
+    gpus |= {GPUS[name].arch: GPUS[name] for name in options.gpu or ()}
+    if options.arch:
+        arches = options.arch
+    elif options.gpu:
+        arches = list(dict.fromkeys(GPUS[name].arch for name in options.gpu))
+    else:
+        arches = [arch for arch in ARCHES if any(arch in case.arches for case in CASES)]
+    cases = [case for case in CASES if not options.op or case.op in options.op]
+    rows = examine(cases, arches, gpus)
+    versions = {"triton": backend.triton.__version__, "torch": torch.__version__}
+    if options.json:
+        content = {"command": ["python", "-m", "kernels.codegen", *arguments], **versions}
+        options.json.write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
+    if options.print_budgets:
+        print("\n".join(_budget_lines(rows)))
+        return 0
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    for arch in arches:
+        _print_rows([row for row in rows if row["arch"] == arch], arch, gpus[arch])
+    failed = any("error" in row for row in rows)
+    if earlier is not None:
+        changes = difference(earlier, rows)
+        header = ["op", "case", "kernel", "arch", "figure", options.diff.name, "now"]
+        print("\n" + (table(header, changes) if changes else f"no change from {options.diff}"))
+    if options.check:
+        breaches = check(rows) + stale(rows, cases, arches)
+        print("\n" + "\n".join(breaches or [f"all {len(rows)} kernels keep their budgets"]))
+        failed = failed or bool(breaches)
+    return int(failed)
+
+
+def _read_rows(parser: Parser, path: Path) -> list[Row]:
+    """The rows of an earlier --json file; bad input ends the program."""
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--diff needs a file that --json wrote; got {path}: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

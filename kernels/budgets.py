@@ -1,0 +1,231 @@
+"""The shipped configurations that `kernels.codegen` compiles, and what each kernel may use there.
+
+A `Case` is an op at a size somebody trains at; calling it runs forward and backward on meta
+tensors. `WORK` says what a kernel does to how many elements, from which follow instructions per
+element and the bounds on time. `BUDGETS` is the table that `--check` holds; a kernel without a
+row in it is a breach, and so is any spill.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import kernels
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+ALL = (*NVIDIA, "gfx942")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size; `sizes` are the letters of the project's shapes."""
+
+    op: str
+    name: str
+    call: Callable[["Case"], None]
+    sizes: dict[str, int]
+    dtype: torch.dtype
+    dropout_p: float
+    arches: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Run forward and backward on meta tensors."""
+        self.call(self)
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A meta tensor, differentiable if floating point."""
+        dtype = dtype or self.dtype
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+    @property
+    def dropout(self) -> dict[str, Any]:
+        """Keyword arguments of an op's dropout."""
+        if not self.dropout_p:
+            return {}
+        key = torch.empty(3, dtype=torch.int64, device="meta")
+        return {"dropout_p": self.dropout_p, "key": key, "site": 16}
+
+
+def _backward(outputs, *inputs: torch.Tensor) -> None:
+    """Every gradient of `inputs`, from gradients laid out as the outputs are."""
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs])
+
+
+def _attention(case: Case) -> None:
+    B, T, H, D = (case.sizes[name] for name in "BTHD")
+    qkv = case.tensor(B, T, 3, H, D)
+    _backward(kernels.causal_attention_qkv(qkv, **case.dropout), qkv)
+
+
+def _layer_norm(case: Case) -> None:
+    M, C = case.sizes["M"], case.sizes["C"]
+    x, weight, bias = case.tensor(M, C), case.tensor(C), case.tensor(C)
+    _backward(kernels.layer_norm(x, weight, bias), x, weight, bias)
+
+
+def _dropout_add_layer_norm(case: Case) -> None:
+    M, C = case.sizes["M"], case.sizes["C"]
+    x, residual = case.tensor(64, M // 64, C), case.tensor(64, M // 64, C)
+    weight, bias = case.tensor(C), case.tensor(C)
+    outputs = kernels.dropout_add_layer_norm(x, residual, weight, bias, **case.dropout)
+    _backward(outputs, x, residual, weight, bias)
+
+
+def _linear_act(case: Case) -> None:
+    M, K, N = case.sizes["M"], case.sizes["K"], case.sizes["N"]
+    x, weight, bias = case.tensor(M, K), case.tensor(N, K), case.tensor(N)
+    activation = case.name.rsplit("-", 1)[1]
+    _backward(kernels.linear_act(x, weight, bias, activation=activation), x, weight, bias)
+
+
+def _cross_entropy(case: Case) -> None:
+    M, V = case.sizes["M"], case.sizes["V"]
+    logits, targets = case.tensor(M, V), case.tensor(M, dtype=torch.int64)
+    _backward(kernels.cross_entropy(logits, targets), logits)
+
+
+def _linear_cross_entropy(case: Case) -> None:
+    M, C, V = case.sizes["M"], case.sizes["C"], case.sizes["V"]
+    x, weight, targets = case.tensor(M, C), case.tensor(V, C), case.tensor(M, dtype=torch.int64)
+    _backward(kernels.linear_cross_entropy(x, weight, None, targets), x, weight)
+
+
+def _embed(case: Case) -> None:
+    B, T, C, V = (case.sizes[name] for name in "BTCV")
+    idx, token, position = (
+        case.tensor(B, T, dtype=torch.int64),
+        case.tensor(V, C),
+        case.tensor(T, C),
+    )
+    _backward(kernels.embed(idx, token, position, **case.dropout), token, position)
+
+
+_CALLS = {
+    "causal_attention": _attention,
+    "layer_norm": _layer_norm,
+    "dropout_add_layer_norm": _dropout_add_layer_norm,
+    "linear_act": _linear_act,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "embed": _embed,
+}
+
+
+def _case(op: str, name: str, arches: tuple[str, ...] = NVIDIA) -> Case:
+    """Read "B64-T256-H6-D64-bf16-p0.2": sizes, dtype, and dropout if there is any."""
+    sizes, dtype, dropout_p = {}, None, 0.0
+    for word in name.split("-"):
+        if word in _DTYPES:
+            dtype = _DTYPES[word]
+        elif word[0] == "p" and word[1].isdigit():
+            dropout_p = float(word[1:])
+        elif word[0].isupper():
+            sizes[word[0]] = int(word[1:])
+    return Case(op, name, _CALLS[op], sizes, dtype, dropout_p, arches)
+
+
+# The notebook's size (64 x 256 tokens, 6 heads of 64, C = 384, V = 65), GPT-2's, long contexts,
+# and the second seed's head size of 85.
+CASES = (
+    _case("causal_attention", "B64-T256-H6-D64-bf16-p0.2", ALL),
+    _case("causal_attention", "B64-T256-H6-D64-bf16"),
+    _case("causal_attention", "B4-T4096-H12-D64-bf16", ("sm_90",)),
+    _case("causal_attention", "B4-T4096-H12-D128-bf16"),
+    _case("causal_attention", "B4-T4096-H12-D128-bf16-p0.2"),
+    _case("causal_attention", "B64-T256-H6-D85-bf16-p0.2", ("sm_90",)),
+    _case("causal_attention", "B64-T256-H6-D64-fp32-p0.2", ("sm_90",)),
+    _case("layer_norm", "M16384-C384-bf16", ALL),
+    _case("layer_norm", "M16384-C768-bf16", ("sm_90",)),
+    _case("layer_norm", "M16384-C1024-bf16", ("sm_90",)),
+    _case("layer_norm", "M16384-C4096-bf16", ("sm_90",)),
+    _case("dropout_add_layer_norm", "M16384-C384-bf16-p0.2", ALL),
+    _case("dropout_add_layer_norm", "M16384-C768-bf16", ("sm_90",)),
+    _case("dropout_add_layer_norm", "M16384-C1024-bf16-p0.2", ("sm_90",)),
+    _case("dropout_add_layer_norm", "M16384-C4096-bf16-p0.2", ("sm_90",)),
+    _case("linear_act", "M16384-K384-N1536-bf16-relu", ALL),
+    _case("linear_act", "M16384-K768-N3072-bf16-gelu", ("sm_90",)),
+    _case("cross_entropy", "M16384-V65-bf16", ALL),
+    _case("cross_entropy", "M16384-V50257-bf16", ("sm_90",)),
+    _case("linear_cross_entropy", "M16384-C384-V65-bf16", ("sm_90",)),
+    _case("linear_cross_entropy", "M16384-C768-V50257-bf16", ("sm_90",)),
+    _case("embed", "B64-T256-C384-V65-bf16-p0.2", ALL),
+)
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does: `tile` names the constexprs of one iteration's (or program's) elements.
+
+    `elements(sizes)` are those a launch computes; `flop` matrix FLOP per element, as a function
+    of the sizes; `passes` how many loops each element goes through.
+    """
+
+    tile: tuple[str, ...]
+    elements: Callable[[dict[str, int]], float]
+    flop: Callable[[dict[str, int]], float] = lambda sizes: 0
+    passes: int = 1
+
+
+WORK: dict[str, Work] = {}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one kernel may use in one case on one architecture; spills and stack are always 0."""
+
+    op: str
+    case: str
+    kernel: str
+    arch: str
+    registers: int  # at most, of one thread
+    shared: int  # at most, bytes of one program
+    programs: int  # at least, on one multiprocessor
+    per_element: float | None  # at most, thread instructions of the loop per element
+    tensor_core: str | None  # kind that must occur, as the start of its opcode
+
+    def breaches(self, row: dict[str, Any]) -> list[str]:
+        """The rules a row of the report breaks."""
+        rules = [
+            (row["registers"] <= self.registers, f"registers <= {self.registers}", "registers"),
+            (row["shared"] <= self.shared, f"shared <= {self.shared}", "shared"),
+            (row["occupancy"] >= self.programs, f"programs >= {self.programs}", "occupancy"),
+        ]
+        if self.per_element is not None:
+            value = row["per_element"]
+            held = value is not None and value <= self.per_element
+            rules.append((held, f"instructions per element <= {self.per_element}", "per_element"))
+        if self.tensor_core is not None:
+            held = any(kind.startswith(self.tensor_core) for kind in row["tensor_core"])
+            rules.append((held, f"tensor core must be {self.tensor_core}", "tensor_core"))
+        return [f"{rule}; got {row[name]}" for held, rule, name in rules if not held]
+
+
+def _read_budgets(text: str) -> dict[tuple[str, str, str, str], Budget]:
+    """One `Budget` a line, columns in the order of its fields; "-" for None."""
+    budgets = {}
+    for line in text.strip().splitlines():
+        op, case, kernel, arch, registers, shared, programs, per_element, tensor_core = line.split()
+        budgets[op, case, kernel, arch] = Budget(
+            op,
+            case,
+            kernel,
+            arch,
+            int(registers),
+            int(shared),
+            int(programs),
+            None if per_element == "-" else float(per_element),
+            None if tensor_core == "-" else tensor_core,
+        )
+    return budgets
+
+
+# op, case, kernel, arch, registers, shared, programs, instructions per element, tensor core.
+# Written by `python -m kernels.codegen --write-budgets`: what Triton 3.7.1 makes of the kernel,
+# 8 registers and a tenth of the instructions to spare.
+BUDGETS = _read_budgets("""
+""")
