@@ -29,9 +29,11 @@ _recorder: Callable[..., None] | None = None
 _recorded_architecture: str | None = None
 
 
-def jit(function: Callable) -> Any:
+def jit(function: Callable | None = None, **options: Any) -> Any:
     """`triton.jit`; without triton the function itself, which then nobody calls."""
-    return triton.jit(function) if HAS_TRITON else function
+    if function is None:
+        return functools.partial(jit, **options)
+    return triton.jit(function, **options) if HAS_TRITON else function
 
 
 def interpreting() -> bool:
