@@ -1,23 +1,648 @@
-"""Cross-entropy, alone and fused with the output projection."""
+"""Cross-entropy of logits, alone and fused with the linear layer that makes them.
 
+    loss[i] = lse[i] - z[i, t[i]],   lse[i] = log sum_v exp(z[i, v])
+    dz[i, v] = exp(z[i, v] - lse[i]) - (v == t[i])
+
+z logits (M, V), t targets (M,); rows with t = ignore_index count for nothing. "sum" adds the rows,
+"mean" divides the sum by N, the number of rows that count; N never leaves the device.
+
+The gradient of the sum follows from z alone, so the forward pass writes it while z is at hand, and
+the backward pass only multiplies it by the incoming gradient over N. For z = x W^T + b the forward
+pass goes further and reduces dz to dx, dW and db: z is then needed for a chunk of rows at a time
+(Wijmans et al., arXiv:2411.09009, and Hsu et al., arXiv:2410.10989, make the same observation).
+
+1/N is applied to the results, not to dz: float16 would lose most of dz / N below its smallest
+number, before any loss scale could save it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from kernels import backend as _backend
+from kernels.backend import tl
+
+REDUCTIONS = ("mean", "sum", "none")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# A chunk of logits: near the L2 of an H200 (50 MB), so that softmax mostly finds there what the
+# product left, yet rows enough (768 at V = 50257 in 16 bits) to feed the three products.
+_CHUNK_BYTES = 80_000_000
+_CHUNK_ROWS = 128  # chunks hold a multiple of it, the tallest tile of a matrix product
+_ROW_ALIGNMENT = 64  # elements; rows of logits start on whole cache lines
 
 
-def cross_entropy(logits, targets, *, ignore_index=-100, reduction="mean", backend="auto"):
-    """logits (..., V), targets (...)."""
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float()
-        if logits.dtype.itemsize < 4
-        else logits.reshape(-1, logits.shape[-1]),
-        targets.reshape(-1),
-        ignore_index=ignore_index,
-        reduction=reduction,
+# --- Eager ----------------------------------------------------------------------------------------
+
+
+def _eager_cross_entropy(op, logits, targets, ignore_index, reduction):
+    """torch's own pair of fused ops; 16-bit logits in float32."""
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    try:
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    except IndexError:
+        _check_range(op, targets, logits.shape[-1], ignore_index)
+        raise
+
+
+def _check_range(op, targets, V, ignore_index):
+    """Raises: ValueError if a target is no class; looks at the values, so for the CPU only."""
+    if torch.compiler.is_compiling():
+        return
+    wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"{op}: targets must be in [0, {V}) or ignore_index {ignore_index}; "
+            f"got {wrong[0].item()}"
+        )
+
+
+# --- Triton kernels -------------------------------------------------------------------------------
+
+
+@_backend.jit
+def _cross_entropy_kernel(
+    logits_ptr,  # (M, V)
+    targets_ptr,  # (M,) int64
+    scales_ptr,  # (M,) float32 factors of the rows of dlogits; read if SCALED
+    losses_ptr,  # (M,) float32
+    dlogits_ptr,  # (M, V), may be logits_ptr; written if GRADIENT
+    stride_zm,
+    stride_zv,
+    stride_tm,
+    stride_dm,
+    M,
+    V,
+    columns,  # V, or more if rows are padded with columns free to read and write
+    ignore_index,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # columns <= BLOCK_V
+    GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Losses and, in the same pass, gradients: program i owns BLOCK_M rows."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    rows = offs_m.to(tl.int64)
+    target = tl.load(targets_ptr + rows * stride_tm, mask=mask_m, other=ignore_index)
+    counts = target != ignore_index
+    in_range = (target >= 0) & (target < V)
+    logits_ptrs = logits_ptr + rows[:, None] * stride_zm
+    offs_v = tl.arange(0, BLOCK_V)
+    if ONE_BLOCK:
+        mask = mask_m[:, None] & (offs_v < columns)[None, :]
+        z = tl.load(logits_ptrs + offs_v[None, :] * stride_zv, mask=mask, other=0.0)
+        z = tl.where((offs_v < V)[None, :], z.to(tl.float32), float("-inf"))
+        m = tl.max(z, 1)
+        m = tl.where(m == float("-inf"), 0.0, m)
+        e = tl.exp(z - m[:, None])
+        l = tl.sum(e, 1)
+        picked = tl.sum(tl.where(offs_v[None, :] == target[:, None], z, 0.0), 1)
+    else:
+        # Every thread has passed the barriers of the reductions below before any overwrites it.
+        picked_ptrs = logits_ptr + rows * stride_zm + target * stride_zv
+        picked = tl.load(picked_ptrs, mask=mask_m & in_range, other=0.0).to(tl.float32)
+        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        l = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, columns, BLOCK_V):
+            offs = start + offs_v
+            mask = mask_m[:, None] & (offs < columns)[None, :]
+            z = tl.load(logits_ptrs + offs[None, :].to(tl.int64) * stride_zv, mask=mask, other=0.0)
+            z = tl.where((offs < V)[None, :], z.to(tl.float32), float("-inf"))
+            m_new = tl.maximum(m, tl.max(z, 1))
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            l = l * tl.exp(m - m_safe) + tl.sum(tl.exp(z - m_safe[:, None]), 1)
+            m = m_new
+        m = tl.where(m == float("-inf"), 0.0, m)
+    loss = tl.log(l) - (picked - m)
+    loss = tl.where(in_range, loss, float("nan"))
+    tl.store(losses_ptr + rows, tl.where(counts, loss, 0.0), mask=mask_m)
+    if GRADIENT:
+        scale = tl.where(in_range, 1.0, float("nan"))
+        if SCALED:
+            scale *= tl.load(scales_ptr + rows, mask=mask_m, other=0.0)
+        scale = tl.where(counts, scale, 0.0)
+        dlogits_ptrs = dlogits_ptr + rows[:, None] * stride_dm
+        if ONE_BLOCK:
+            p = e / l[:, None]
+            dz = (p - (offs_v[None, :] == target[:, None]).to(tl.float32)) * scale[:, None]
+            dz = dz.to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptrs + offs_v[None, :], dz, mask=mask)
+        else:
+            for start in range(0, columns, BLOCK_V):
+                offs = start + offs_v
+                mask = mask_m[:, None] & (offs < columns)[None, :]
+                z = tl.load(
+                    logits_ptrs + offs[None, :].to(tl.int64) * stride_zv, mask=mask, other=0.0
+                )
+                z = tl.where((offs < V)[None, :], z.to(tl.float32), float("-inf"))
+                p = tl.exp(z - m[:, None]) / l[:, None]
+                dz = (p - (offs[None, :] == target[:, None]).to(tl.float32)) * scale[:, None]
+                dz = dz.to(dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptrs + offs[None, :], dz, mask=mask)
+
+
+@_backend.jit
+def _reduce_losses_kernel(
+    losses_ptr,  # (M,) float32
+    targets_ptr,  # (M,) int64
+    loss_ptr,  # () float32
+    factor_ptr,  # () float32: 1 / N of the mean, else 1
+    stride_tm,
+    M,
+    ignore_index,
+    MEAN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Sum or mean of the losses: one program, one order of additions."""
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    number = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, M, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = rows < M
+        target = tl.load(targets_ptr + rows * stride_tm, mask=mask, other=ignore_index)
+        total += tl.load(losses_ptr + rows, mask=mask, other=0.0)
+        number += (target != ignore_index).to(tl.int32)
+    loss = tl.sum(total, 0)
+    factor = 1.0
+    if MEAN:
+        N = tl.sum(number, 0).to(tl.float32)
+        factor = 1.0 / tl.maximum(N, 1.0)
+        loss = tl.where(N > 0, loss / tl.maximum(N, 1.0), float("nan"))
+    tl.store(loss_ptr, loss)
+    tl.store(factor_ptr, factor)
+
+
+@_backend.jit
+def _scale_kernel(
+    x_ptr,  # (M, K), contiguous
+    gradient_ptr,  # (M,), or one element with stride_gm = 0
+    factor_ptr,  # () float32
+    y_ptr,  # (M, K), contiguous; may be x_ptr
+    stride_gm,
+    M,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = x * gradient * factor: program i owns one tile of BLOCK_M rows and BLOCK_K columns."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    rows = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = (tl.program_id(0) % tiles_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = rows.to(tl.int64)
+    mask = (rows < M)[:, None] & (offs_k < K)[None, :]
+    gradient = tl.load(gradient_ptr + rows * stride_gm, mask=rows < M, other=0.0)
+    scale = gradient.to(tl.float32) * tl.load(factor_ptr)
+    offsets = rows[:, None] * K + offs_k[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, (x * scale[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# --- Launchers ------------------------------------------------------------------------------------
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _plan(columns: int) -> dict[str, int | bool]:
+    """Tiles of `_cross_entropy_kernel`: 16 or 32 logits a thread, whole rows while they fit."""
+    if columns > 8192:
+        return {"BLOCK_M": 1, "BLOCK_V": 4096, "ONE_BLOCK": False, "num_warps": 8}
+    BLOCK_V = max(16, _power_of_2(columns))
+    BLOCK_M = max(1, 2048 // BLOCK_V)
+    warps = max(4, BLOCK_M * BLOCK_V // 1024)
+    return {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "ONE_BLOCK": True, "num_warps": warps}
+
+
+def _launch_cross_entropy(logits, targets, scales, losses, dlogits, columns, ignore_index):
+    """Losses (M,) of logits (M, V) and, if `dlogits` is given, their gradients times `scales`."""
+    M, V = logits.shape
+    plan = _plan(columns)
+    _backend.launch(
+        _cross_entropy_kernel,
+        (-(-M // plan["BLOCK_M"]),),
+        logits,
+        targets,
+        losses if scales is None else scales,
+        losses,
+        logits if dlogits is None else dlogits,
+        *logits.stride(),
+        targets.stride(0),
+        0 if dlogits is None else dlogits.stride(0),
+        M,
+        V,
+        columns,
+        ignore_index,
+        GRADIENT=dlogits is not None,
+        SCALED=scales is not None,
+        **plan,
     )
 
 
+def _launch_reduce(losses, targets, ignore_index, reduction):
+    """(loss, factor): the sum or mean, and what turns the gradient of the sum into its own."""
+    loss, factor = losses.new_empty(()), losses.new_empty(())
+    _backend.launch(
+        _reduce_losses_kernel,
+        (1,),
+        losses,
+        targets,
+        loss,
+        factor,
+        targets.stride(0),
+        losses.shape[0],
+        ignore_index,
+        MEAN=reduction == "mean",
+        BLOCK_M=2048,
+        num_warps=8,
+    )
+    return loss, factor
+
+
+def _launch_scale(x, gradient, factor, y):
+    """y = x * gradient * factor; gradient () or one element for each row of x."""
+    M, K = x.shape if gradient.ndim else (1, x.numel())
+    BLOCK_K = min(2048, max(16, _power_of_2(K)))
+    BLOCK_M = 2048 // BLOCK_K if M > 1 else 1
+    _backend.launch(
+        _scale_kernel,
+        (-(-M // BLOCK_M) * -(-K // BLOCK_K),),
+        x,
+        gradient,
+        factor,
+        y,
+        gradient.stride(0) if gradient.ndim else 0,
+        M,
+        K,
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+        num_warps=4,
+    )
+
+
+# --- Binding of cross_entropy ---------------------------------------------------------------------
+
+
+def _op(name: str, function: Callable, mutates_args: Sequence[str] = ()) -> Any:
+    """`function` as an operator that is its own fake: fake tensors launch nothing."""
+    op = torch.library.custom_op(f"gptcore::{name}", function, mutates_args=mutates_args)
+    op.register_fake(function)
+    return op
+
+
+def _cross_entropy_forward(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, factor, gradient of the sum) of logits (M, V); the mean's factor is 1 / N."""
+    M, V = logits.shape
+    losses = logits.new_empty(M, dtype=torch.float32)
+    dlogits = logits.new_empty((M, V) if needs_gradient else (0, V))
+    _launch_cross_entropy(
+        logits, targets, None, losses, dlogits if needs_gradient else None, V, ignore_index
+    )
+    if reduction == "none":
+        return losses, losses.new_ones(()), dlogits
+    return *_launch_reduce(losses, targets, ignore_index, reduction), dlogits
+
+
+def _scale(
+    x: torch.Tensor, gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """x * gradient * factor in `dtype`; gradient () or one element for each row of x."""
+    y = torch.empty_like(x, dtype=dtype)
+    _launch_scale(x, gradient, factor, y)
+    return y
+
+
+def _scale_in_place(x: torch.Tensor, gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """x *= gradient * factor."""
+    _launch_scale(x, gradient, factor, x)
+
+
+_cross_entropy_op = _op("cross_entropy", _cross_entropy_forward)
+_scale_op = _op("scale", _scale)
+_scale_in_place_op = _op("scale_", _scale_in_place, mutates_args=("x",))
+
+
+def _save_cross_entropy(ctx, inputs, output):
+    loss, factor, dlogits = output
+    ctx.mark_non_differentiable(factor, dlogits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(factor, dlogits)
+
+
+@once_differentiable
+def _cross_entropy_backward(ctx, gradient, *_):
+    factor, dlogits = ctx.saved_tensors
+    dlogits = _scale_op(dlogits, gradient, factor, dlogits.dtype)
+    return dlogits, None, None, None, None
+
+
+_cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_save_cross_entropy)
+
+
+# --- The fused linear layer: rows in chunks -------------------------------------------------------
+
+
+def _rows_per_chunk(M: int, V: int, itemsize: int) -> int:
+    """All rows if their logits are small, else a multiple of _CHUNK_ROWS near _CHUNK_BYTES."""
+    rows = _CHUNK_BYTES // (V * itemsize)
+    return M if rows >= M else max(_CHUNK_ROWS, rows - rows % _CHUNK_ROWS)
+
+
+def _eager_chunk(logits, targets, scales, losses, needs_gradient, ignore_index):
+    """What `_launch_cross_entropy` does, in torch ops; returns the gradients."""
+    counts = targets != ignore_index
+    column = torch.where(counts, targets, 0)[:, None]
+    accumulation = torch.promote_types(logits.dtype, torch.float32)
+    log_p = torch.log_softmax(logits, -1, dtype=accumulation)
+    torch.mul(log_p.gather(1, column)[:, 0], counts, out=losses).neg_()
+    if not needs_gradient:
+        return None
+    scale = counts.to(accumulation) if scales is None else scales * counts
+    dlogits = log_p.exp_()
+    dlogits.scatter_add_(1, column, dlogits.new_full((1, 1), -1.0).expand_as(column))
+    return dlogits.mul_(scale[:, None])
+
+
+def _accumulate_product(total, a, b, first):
+    """total (+)= a @ b in the dtype of `total`, however short that of a and b."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+    elif total.device.type == "cpu":  # has no product of 16-bit matrices with a float32 result
+        torch.addmm(total, a.float(), b.float(), beta=0.0 if first else 1.0, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0.0 if first else 1.0, out=total)
+
+
+def _linear_cross_entropy_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scales: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype,
+    needs_gradients: Sequence[bool],
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, factor, dx, dweight, dbias): gradients of the sum of the rows times `scales`.
+
+    x (M, C), weight (V, C); products in `dtype`; dweight, dbias and eager's dx are accumulators.
+    """
+    (M, C), V = x.shape, weight.shape[0]
+    needs_dx, needs_dweight, needs_dbias = needs_gradients
+    needs_dlogits = any(needs_gradients)
+    triton = backend == "triton"
+    accumulation = torch.promote_types(dtype, torch.float32)
+    losses = x.new_empty(M, dtype=accumulation)
+    dx = x.new_empty((M if needs_dx else 0, C), dtype=x.dtype if triton else accumulation)
+    dweight = losses.new_empty(V if needs_dweight else 0, C)
+    dbias = losses.new_zeros(V if needs_dbias else 0)
+
+    R = _rows_per_chunk(M, V, dtype.itemsize)
+    stride, columns = (V, V) if R == M else (_round_up(V, _ROW_ALIGNMENT), _round_up(V, 16))
+    buffer = x.new_empty((R, stride), dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        for start in range(0, max(1, M), max(1, R)):
+            chunk = slice(start, min(start + R, M))
+            x_c, targets_c, losses_c = x[chunk].to(dtype), targets[chunk], losses[chunk]
+            scales_c = None if scales is None else scales[chunk]
+            logits = buffer[: x_c.shape[0], :V]
+            if bias is None:
+                torch.mm(x_c, weight.mT, out=logits)
+            else:
+                torch.addmm(bias, x_c, weight.mT, out=logits)
+            if triton:
+                dlogits = logits if needs_dlogits else None
+                _launch_cross_entropy(
+                    logits, targets_c, scales_c, losses_c, dlogits, columns, ignore_index
+                )
+            else:
+                dlogits = _eager_chunk(
+                    logits, targets_c, scales_c, losses_c, needs_dlogits, ignore_index
+                )
+            if needs_dbias:
+                dbias += dlogits.sum(0, dtype=accumulation)
+            if needs_dx or needs_dweight:
+                dlogits = dlogits.to(dtype)
+            if needs_dx:
+                dx[chunk] = dlogits @ weight
+            if needs_dweight:
+                _accumulate_product(dweight, dlogits.mT, x_c, first=start == 0)
+    loss, factor = _reduce(losses, targets, ignore_index, reduction, triton)
+    return loss, factor, dx, dweight, dbias
+
+
+def _reduce(losses, targets, ignore_index, reduction, triton):
+    """(loss, factor) of `_launch_reduce`, for every reduction and backend."""
+    if reduction == "none":
+        return losses, losses.new_ones(())
+    if triton:
+        return _launch_reduce(losses, targets, ignore_index, reduction)
+    loss, factor = losses.sum(), losses.new_ones(())
+    if reduction == "mean":
+        N = (targets != ignore_index).sum()
+        loss, factor = loss / N, factor / N.clamp(min=1)
+    return loss, factor
+
+
+_linear_cross_entropy_op = _op("linear_cross_entropy", _linear_cross_entropy_forward)
+
+
+def _save_linear_cross_entropy(ctx, inputs, output):
+    x, weight, bias, targets, _, *ctx.settings = inputs
+    _, factor, *gradients = output
+    ctx.mark_non_differentiable(factor, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, targets, factor)
+    # Handed over to the first backward, which scales them in place; a second one, rare enough,
+    # computes them again. Saved with save_for_backward they could not be overwritten.
+    ctx.gradients = gradients
+
+
+@once_differentiable
+def _linear_cross_entropy_backward(ctx, gradient, *_):
+    x, weight, bias, targets, factor = ctx.saved_tensors
+    ignore_index, reduction, dtype, needs_gradients, backend = ctx.settings
+    gradients, ctx.gradients = ctx.gradients, None
+    scales = None
+    if reduction == "none":
+        gradients, scales, gradient = None, gradient.contiguous(), torch.ones_like(factor)
+    if gradients is None:
+        _, _, *gradients = _linear_cross_entropy_op(
+            x, weight, bias, targets, scales, ignore_index, "sum", dtype, needs_gradients, backend
+        )
+    results = [
+        _scaled(total, gradient, factor, tensor.dtype, backend) if needed else None
+        for total, tensor, needed in zip(gradients, (x, weight, bias), needs_gradients, strict=True)
+    ]
+    return *results, *[None] * 7
+
+
+def _scaled(x, gradient, factor, dtype, backend):
+    """x * gradient * factor in `dtype`, in place if x has it."""
+    if backend == "eager":
+        return x.mul_(gradient * factor).to(dtype)
+    if x.dtype != dtype:
+        return _scale_op(x, gradient, factor, dtype)
+    _scale_in_place_op(x, gradient, factor)
+    return x
+
+
+_linear_cross_entropy_op.register_autograd(
+    _linear_cross_entropy_backward, setup_context=_save_linear_cross_entropy
+)
+
+
+# --- Public functions -----------------------------------------------------------------------------
+
+
+def _check_dtype(op, name, tensor):
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating-point tensor; got {tensor.dtype}")
+
+
+def _check_triton_dtype(op, name, dtype):
+    if dtype not in _DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float16 or bfloat16 on the triton backend; got {dtype}"
+        )
+
+
+def _check_targets(op, targets, name, tensor, reduction):
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must be int64; got {targets.dtype}")
+    if targets.shape != tensor.shape[:-1]:
+        raise ValueError(
+            f"{op}: targets must have the leading shape of {name}; "
+            f"got targets {tuple(targets.shape)}, {name} {tuple(tensor.shape)}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+        )
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Cross-entropy of logits; loss and gradient in one pass.
+
+    loss[i] = log sum_v exp(logits[i, v]) - logits[i, targets[i]]
+
+    Args:
+        logits: (..., V); float32, float16 or bfloat16 (eager: float64 too); any strides.
+        targets: (...) int64, each in [0, V) or ignore_index.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean.
+        reduction: "mean" over the rows that count (NaN if none does), "sum", or "none".
+    Returns: loss, () or, for "none", (...); float32 (float64 for float64), whatever the inputs are.
+    Raises: ValueError on shapes, ranges or devices; TypeError on dtypes; RuntimeError if the
+        backend cannot run. Targets out of range: ValueError from eager, NaN in loss and gradient
+        from Triton, where looking at them would make the host wait for the device.
+    """
+    op = "cross_entropy"
+    _check_dtype(op, "logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{op}: logits must be (..., V), V >= 1; got {tuple(logits.shape)}")
+    _check_targets(op, targets, "logits", logits, reduction)
+    backend = _backend.resolve(op, backend, logits, targets)
+    V = logits.shape[-1]
+    logits_2d, targets_1d = logits.reshape(-1, V), targets.reshape(-1)
+    if backend == "eager":
+        loss = _eager_cross_entropy(op, logits_2d, targets_1d, ignore_index, reduction)
+    else:
+        _check_triton_dtype(op, "logits", logits.dtype)
+        needs_gradient = logits.requires_grad and torch.is_grad_enabled()
+        loss, _, _ = _cross_entropy_op(
+            logits_2d, targets_1d, ignore_index, reduction, needs_gradient
+        )
+    return loss.reshape(targets.shape) if reduction == "none" else loss
+
+
 def linear_cross_entropy(
-    x, weight, bias, targets, *, ignore_index=-100, reduction="mean", backend="auto"
-):
-    """cross_entropy(x @ weight.T + bias, targets)."""
-    logits = F.linear(x, weight, bias)
-    return cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """cross_entropy(x @ weight.T + bias, targets) that never holds all logits.
+
+    Logits of more than 80 MB are made, used and overwritten a chunk of rows at a time; gradients
+    are computed beside the loss, dweight and dbias summed in float32. Under autocast the products
+    run in its dtype, and dweight is rounded only if `weight` itself is short.
+
+    Args:
+        x: (..., C); float32, float16 or bfloat16 (eager: float64 too).
+        weight: (V, C), and bias, (V,) or None: dtype of x, or any under autocast.
+        targets: (...) int64, each in [0, V) or ignore_index.
+        ignore_index, reduction: as in `cross_entropy`.
+    Returns: loss, () or, for "none", (...); float32 (float64 for float64).
+    Raises: as `cross_entropy`.
+    Source: Liger-Kernel, arXiv:2410.10989, for the chunks.
+    """
+    op = "linear_cross_entropy"
+    named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        _check_dtype(op, name, tensor)
+    if weight.ndim != 2 or weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight must be (V, C), V >= 1; got {tuple(weight.shape)}")
+    V, C = weight.shape
+    if x.ndim < 1 or x.shape[-1] != C:
+        raise ValueError(f"{op}: x must be (..., {C}) as weight is; got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"{op}: bias must be ({V},) as weight is; got {tuple(bias.shape)}")
+    _check_targets(op, targets, "x", x, reduction)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    elif len({tensor.dtype for tensor in named.values()}) > 1:
+        got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named.items())
+        raise TypeError(f"{op}: dtypes must agree outside autocast; got {got}")
+    else:
+        dtype = x.dtype
+    backend = _backend.resolve(op, backend, *named.values(), targets)
+    x_2d, targets_1d = x.reshape(-1, C), targets.reshape(-1)
+    M = x_2d.shape[0]
+    if backend == "triton":
+        _check_triton_dtype(op, "x", x.dtype)
+    elif _rows_per_chunk(M, V, dtype.itemsize) == M:
+        logits = F.linear(x_2d, weight, bias)
+        loss = _eager_cross_entropy(op, logits, targets_1d, ignore_index, reduction)
+        return loss.reshape(targets.shape) if reduction == "none" else loss
+    else:
+        _check_range(op, targets_1d, V, ignore_index)
+    grad = torch.is_grad_enabled()
+    needs = [grad and t is not None and t.requires_grad for t in (x, weight, bias)]
+    loss, *_ = _linear_cross_entropy_op(
+        x_2d, weight, bias, targets_1d, None, ignore_index, reduction, dtype, needs, backend
+    )
+    return loss.reshape(targets.shape) if reduction == "none" else loss
