@@ -1,29 +1,637 @@
-"""LayerNorm, alone and after dropout + residual add."""
+"""LayerNorm, alone and after dropout and the residual add.
 
+    r = residual + dropout(x)                   (r = x for layer_norm)
+    y = (r - mean) * rstd * weight + bias       mean, rstd = (var + eps)**-0.5 over the channels
+
+    dr = rstd * (g - mean_C(g) - xhat * mean_C(g * xhat)) + d(new residual)
+    dx = dropout'(dr), dweight = sum_M dy * xhat, dbias = sum_M dy
+    with xhat = (r - mean) * rstd, g = dy * weight
+
+M rows, C channels. Statistics and sums are float32 whatever the tensors are. The backward draws
+the mask again instead of storing it. Ba, Kiros, Hinton 2016, "Layer Normalization",
+arXiv:1607.06450.
+"""
+
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 
-from kernels.rng import check_key, dropout_keep_mask, dropout_scale
+from kernels import backend, rng
+from kernels.backend import autocast_dtype, jit, tl
+from kernels.reduce import sum_partials
+from kernels.rng import dropout_keep_mask, dropout_scale, dropout_threshold
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-def layer_norm(x, weight, bias=None, *, eps=1e-5, backend="auto"):
-    """LayerNorm over the last dimension."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+# ---------------------------------------------------------------------------------------- eager
 
 
 def dropout_rows(x, dropout_p, key, site):
     """x (..., C) with the mask of DESIGN: plane 0, row = flattened leading index, col = channel."""
-    first = int(key[2]) if key.numel() == 3 else 0
-    rows = x.numel() // max(1, x.shape[-1])
-    start = first * (rows // max(1, x.shape[0]))
-    keep = dropout_keep_mask(key, site, 1, range(start, start + rows), x.shape[-1], dropout_p)
-    return x * keep.view(x.shape) * dropout_scale(dropout_p)
+    keep = _keep_rows(key, site, x.shape, dropout_p)
+    return torch.where(keep, x, 0.0) * dropout_scale(dropout_p)
+
+
+def _keep_rows(key, site: int, shape, dropout_p: float) -> torch.Tensor:
+    """The mask, bool of `shape` (..., C), of activations that start at sequence key[2]."""
+    if torch.compiler.is_compiling():
+        return _keep_rows_op(key, site, shape, dropout_p)
+    rows_per_sequence = shape[1:-1].numel()
+    rows = shape[0] * rows_per_sequence if len(shape) > 1 else 1
+    start = rows_per_sequence * int(key[2]) if key.numel() == 3 else 0
+    keep = dropout_keep_mask(key, site, 1, range(start, start + rows), shape[-1], dropout_p)
+    return keep.view(shape)
+
+
+@torch.library.custom_op("kernels::keep_rows", mutates_args=())
+def _keep_rows_op(key: torch.Tensor, site: int, shape: list[int], dropout_p: float) -> torch.Tensor:
+    return _keep_rows(key, site, torch.Size(shape), dropout_p).contiguous()
+
+
+@_keep_rows_op.register_fake
+def _(key, site, shape, dropout_p):
+    return key.new_empty(shape, dtype=torch.bool)
+
+
+class _DropoutAdd(torch.autograd.Function):
+    """residual + x * keep * scale, in row blocks that stay in the cache; stores one byte each."""
+
+    BLOCK_ELEMENTS = 2**18
+
+    @staticmethod
+    def forward(ctx, x, residual, keep, scale):
+        ctx.save_for_backward(keep)
+        ctx.scale, ctx.dtype = scale, x.dtype
+        if x.numel() <= _DropoutAdd.BLOCK_ELEMENTS:
+            return torch.addcmul(residual, x, keep.to(x.dtype), value=scale)
+        new_residual = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        for out, x_block, residual_block, kept in _row_blocks(new_residual, x, residual, keep):
+            torch.addcmul(residual_block, x_block, kept.to(x.dtype), value=scale, out=out)
+        return new_residual
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (keep,), scale = ctx.saved_tensors, ctx.scale
+        if keep.numel() <= _DropoutAdd.BLOCK_ELEMENTS:
+            dx = (gradient * keep).mul_(scale)
+        else:
+            dx = torch.empty(keep.shape, dtype=gradient.dtype, device=gradient.device)
+            for out, block, kept in _row_blocks(dx, gradient, keep):
+                torch.mul(block, kept, out=out).mul_(scale)
+        return dx.to(ctx.dtype), gradient, None, None
+
+
+def _row_blocks(*tensors):
+    C = tensors[0].shape[-1]
+    rows = max(1, _DropoutAdd.BLOCK_ELEMENTS // C)
+    return zip(*(tensor.reshape(-1, C).split(rows) for tensor in tensors), strict=True)
+
+
+def _eager_layer_norm(x, weight, bias, eps, y_dtype):
+    # Native mixed precision is low-precision x with float32 parameters, and no other mix.
+    if weight.dtype != x.dtype and (x.dtype.itemsize > 2 or weight.dtype != torch.float32):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    elif bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps).to(y_dtype)
+
+
+def _eager_dropout_add(x, residual, dropout_p, key, site):
+    if not dropout_p:
+        return residual + x
+    keep, scale = _keep_rows(key, site, x.shape, dropout_p), dropout_scale(dropout_p)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+        return torch.add(residual, torch.where(keep, x, 0.0), alpha=scale)
+    return _DropoutAdd.apply(x, residual, keep, scale)
+
+
+# -------------------------------------------------------------------------------------- kernels
+
+
+@jit(do_not_specialize=["site", "threshold", "rows_per_sequence"])
+def _forward_kernel(
+    x_ptr,  # (M, C)
+    residual_ptr,  # (M, C) or None
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,) or None
+    key_ptr,  # (2,) or (3,) or None
+    y_ptr,  # (M, C) contiguous
+    new_residual_ptr,  # (M, C) contiguous; written if there is a residual
+    mean_ptr,  # (M,)
+    rstd_ptr,  # (M,)
+    M,
+    stride_xm,
+    stride_xc,
+    stride_rm,
+    stride_rc,
+    stride_w,
+    stride_b,
+    eps,
+    site,
+    threshold,
+    scale,
+    rows_per_sequence,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+):
+    """Program i owns rows i * BLOCK_M ... of all tensors."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C)
+    mask_m, mask_c = rows < M, cols < C
+    mask = mask_m[:, None] & mask_c[None, :]
+    offsets = rows[:, None] * C + cols[None, :]
+    x = tl.load(
+        x_ptr + rows[:, None] * stride_xm + cols[None, :].to(tl.int64) * stride_xc, mask, other=0.0
+    ).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(
+            residual_ptr + rows[:, None] * stride_rm + cols[None, :].to(tl.int64) * stride_rc,
+            mask,
+            other=0.0,
+        ).to(tl.float32)
+        if key_ptr is not None:
+            seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
+            row = first * rows_per_sequence.to(tl.uint32) + rows.to(tl.uint32)
+            keep = rng.keep_tile(seed, step, seed ^ seed, site, row, 0, threshold, BLOCK_C)
+            x = tl.where(keep, x * scale, 0.0)
+        new_residual = (residual + x).to(new_residual_ptr.dtype.element_ty)
+        tl.store(new_residual_ptr + offsets, new_residual, mask)
+        x = new_residual.to(tl.float32)  # y is the LayerNorm of what is stored
+    mean = tl.sum(x, 1) / C
+    centered = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / C + eps)
+    tl.store(mean_ptr + rows, mean, mask_m)
+    tl.store(rstd_ptr + rows, rstd, mask_m)
+    weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)
+    y = centered * rstd[:, None] * weight[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols * stride_b, mask_c, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@jit(do_not_specialize=["site", "threshold", "rows_per_sequence"])
+def _backward_kernel(
+    dy_ptr,  # (M, C)
+    dnew_ptr,  # (M, C) or None: gradient of the new residual
+    r_ptr,  # (M, C): what was normalised
+    weight_ptr,  # (C,)
+    mean_ptr,  # (M,)
+    rstd_ptr,  # (M,)
+    key_ptr,  # (2,) or (3,) or None
+    dr_ptr,  # (M, C) contiguous, or None
+    dx_ptr,  # (M, C) contiguous, or None: dropout'(dr)
+    partials_ptr,  # (2, P, C) float32: dweight, dbias; or None
+    M,
+    stride_dym,
+    stride_dyc,
+    stride_dnm,
+    stride_dnc,
+    stride_rm,
+    stride_rc,
+    stride_w,
+    site,
+    threshold,
+    scale,
+    rows_per_sequence,
+    P,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Program i of P owns row tiles i, i + P, i + 2P, ... and partial row i."""
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_C)
+    mask_c = cols < C
+    cols64 = cols[None, :].to(tl.int64)
+    weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    if key_ptr is not None:
+        seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
+        first_row = first * rows_per_sequence.to(tl.uint32)
+    for tile in range(program, tl.cdiv(M, BLOCK_M), P):
+        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask_m = rows < M
+        mask = mask_m[:, None] & mask_c[None, :]
+        offsets = rows[:, None] * C + cols[None, :]
+        r = tl.load(r_ptr + rows[:, None] * stride_rm + cols64 * stride_rc, mask, other=0.0)
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dym + cols64 * stride_dyc, mask, other=0.0)
+        dy = dy.to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask_m, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask_m, other=0.0)[:, None]
+        xhat = (r.to(tl.float32) - mean) * rstd
+        if partials_ptr is not None:
+            dweight += dy * xhat
+            if HAS_BIAS:
+                dbias += dy
+        g = dy * weight
+        mean_g = tl.sum(g, 1)[:, None] / C
+        mean_gx = tl.sum(g * xhat, 1)[:, None] / C
+        dr = (g - mean_g - xhat * mean_gx) * rstd
+        if dnew_ptr is not None:
+            dnew = tl.load(
+                dnew_ptr + rows[:, None] * stride_dnm + cols64 * stride_dnc, mask, other=0.0
+            )
+            dr += dnew.to(tl.float32)
+        if dr_ptr is not None:
+            tl.store(dr_ptr + offsets, dr.to(dr_ptr.dtype.element_ty), mask)
+        if dx_ptr is not None:
+            if key_ptr is not None:
+                row = first_row + rows.to(tl.uint32)
+                keep = rng.keep_tile(seed, step, seed ^ seed, site, row, 0, threshold, BLOCK_C)
+                dr = tl.where(keep, dr * scale, 0.0)
+            tl.store(dx_ptr + offsets, dr.to(dx_ptr.dtype.element_ty), mask)
+    if partials_ptr is not None:
+        partials_ptr += program * C
+        tl.store(partials_ptr + cols, tl.sum(dweight, 0), mask_c)
+        if HAS_BIAS:
+            tl.store(partials_ptr + P * C + cols, tl.sum(dbias, 0), mask_c)
+
+
+@jit
+def _parameter_gradient_kernel(
+    dy_ptr,  # (M, C)
+    r_ptr,  # (M, C)
+    mean_ptr,  # (M,)
+    rstd_ptr,  # (M,)
+    partials_ptr,  # (2, P, C) float32: dweight, dbias
+    M,
+    stride_dym,
+    stride_dyc,
+    stride_rm,
+    stride_rc,
+    P,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Program (j, i) owns column tile j, row tiles i, i + P, ... and that part of partial row i."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    program = tl.program_id(1)
+    mask_c = cols < C
+    cols64 = cols[None, :].to(tl.int64)
+    dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for tile in range(program, tl.cdiv(M, BLOCK_M), P):
+        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask_m = rows < M
+        mask = mask_m[:, None] & mask_c[None, :]
+        r = tl.load(r_ptr + rows[:, None] * stride_rm + cols64 * stride_rc, mask, other=0.0)
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dym + cols64 * stride_dyc, mask, other=0.0)
+        dy = dy.to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask_m, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask_m, other=0.0)[:, None]
+        dweight += dy * ((r.to(tl.float32) - mean) * rstd)
+        if HAS_BIAS:
+            dbias += dy
+    partials_ptr += program * C
+    tl.store(partials_ptr + cols, tl.sum(dweight, 0), mask_c)
+    if HAS_BIAS:
+        tl.store(partials_ptr + P * C + cols, tl.sum(dbias, 0), mask_c)
+
+
+# ------------------------------------------------------------------------------------ launchers
+
+
+@dataclass(frozen=True)
+class LayerNormPlan:
+    """Tiles and warps of one launch; `programs` persistent ones a multiprocessor, 0 for none."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    num_warps: int
+    programs: int = 0
+
+
+def forward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
+    """One warp for 512 channels, two rows of them where a row is short: 16 to 32 values a thread.
+
+    Chosen by compiled code (no spills, 128-bit accesses, occupancy), not yet by a measurement.
+    """
+    BLOCK_C = max(16, _next_power_of_two(C))
+    return LayerNormPlan(
+        BLOCK_M=max(1, min(16, 1024 // BLOCK_C)),
+        BLOCK_C=BLOCK_C,
+        num_warps=max(1, min(16, BLOCK_C // 512)),
+    )
+
+
+def backward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
+    """Eight warps share a tile of 4,096 values and keep the columns' sums in registers.
+
+    Partial sums are (programs, C), so programs are few and large. Above 8,192 channels the sums
+    no longer fit beside the row; then `_parameter_gradient_kernel` computes them apart.
+    """
+    BLOCK_C = max(16, _next_power_of_two(C))
+    return LayerNormPlan(
+        BLOCK_M=max(1, min(32, 4096 // BLOCK_C)),
+        BLOCK_C=BLOCK_C,
+        num_warps=8 if BLOCK_C <= 4096 else 16,
+        programs=2 if BLOCK_C <= 4096 else 1,
+    )
+
+
+LARGEST_FUSED_BLOCK_C = 8192
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., C) as (M, C): a view wherever the leading dimensions collapse."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _dropout_arguments(shape, dropout_p: float, site: int):
+    return {
+        "site": site,
+        "threshold": dropout_threshold(dropout_p),
+        "scale": dropout_scale(dropout_p),
+        "rows_per_sequence": torch.Size(shape[1:-1]).numel(),
+    }
+
+
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    key: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    site: int,
+    y_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, new residual (empty without a residual), mean (M,), rstd (M,)."""
+    rows, C = _rows(x), x.shape[-1]
+    M, device = rows.shape[0], x.device
+    y = torch.empty(x.shape, dtype=y_dtype, device=device)
+    new_residual = torch.empty(
+        x.shape if residual is not None else 0,
+        dtype=x.dtype if residual is None else residual.dtype,
+        device=device,
+    )
+    mean = torch.empty(M, dtype=torch.float32, device=device)
+    rstd = torch.empty(M, dtype=torch.float32, device=device)
+    residual_rows = rows if residual is None else _rows(residual)
+    plan = forward_plan(backend.architecture(device), C, x.dtype)
+    backend.launch(
+        _forward_kernel,
+        (-(-M // plan.BLOCK_M),),
+        rows,
+        None if residual is None else residual_rows,
+        weight,
+        bias,
+        key if dropout_p else None,
+        y,
+        new_residual,
+        mean,
+        rstd,
+        M,
+        *rows.stride(),
+        *residual_rows.stride(),
+        weight.stride(0),
+        1 if bias is None else bias.stride(0),
+        eps,
+        **_dropout_arguments(x.shape, dropout_p, site),
+        C=C,
+        BLOCK_M=plan.BLOCK_M,
+        BLOCK_C=plan.BLOCK_C,
+        HAS_FIRST=key is not None and key.numel() == 3,
+        num_warps=plan.num_warps,
+    )
+    return y, new_residual, mean, rstd
+
+
+def _backward(
+    dy: torch.Tensor,
+    dnew: torch.Tensor | None,
+    r: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    key: torch.Tensor | None,
+    dropout_p: float,
+    site: int,
+    x_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dr, dx (empty where it equals dr), dweight, dbias (empty without a bias)."""
+    rows, dy = _rows(r), _rows(dy)
+    (M, C), device = rows.shape, r.device
+    dnew_rows = rows if dnew is None else _rows(dnew)
+    dr = torch.empty(r.shape, dtype=r.dtype, device=device)
+    distinct = dropout_p > 0 or x_dtype != r.dtype
+    dx = torch.empty(r.shape if distinct else 0, dtype=x_dtype, device=device)
+    architecture = backend.architecture(device)
+    plan = backward_plan(architecture, C, x_dtype)
+    fused = plan.BLOCK_C <= LARGEST_FUSED_BLOCK_C
+    P = _programs(architecture, device, plan.programs)
+    partials = torch.empty(1 + (bias_dtype is not None), P, C, device=device)
+    backend.launch(
+        _backward_kernel,
+        (P,),
+        dy,
+        None if dnew is None else dnew_rows,
+        rows,
+        weight,
+        mean,
+        rstd,
+        key if dropout_p else None,
+        dr,
+        dx if distinct else None,
+        partials if fused else None,
+        M,
+        *dy.stride(),
+        *dnew_rows.stride(),
+        *rows.stride(),
+        weight.stride(0),
+        **_dropout_arguments(r.shape, dropout_p, site),
+        P=P,
+        C=C,
+        BLOCK_M=plan.BLOCK_M,
+        BLOCK_C=plan.BLOCK_C,
+        HAS_FIRST=key is not None and key.numel() == 3,
+        HAS_BIAS=bias_dtype is not None,
+        num_warps=plan.num_warps,
+    )
+    if not fused:
+        P = max(1, P // 16)
+        partials = torch.empty(1 + (bias_dtype is not None), P, C, device=device)
+        BLOCK_M, BLOCK_C = 16, 256
+        backend.launch(
+            _parameter_gradient_kernel,
+            (-(-C // BLOCK_C), P),
+            dy,
+            rows,
+            mean,
+            rstd,
+            partials,
+            M,
+            *dy.stride(),
+            *rows.stride(),
+            P=P,
+            C=C,
+            BLOCK_M=BLOCK_M,
+            BLOCK_C=BLOCK_C,
+            HAS_BIAS=bias_dtype is not None,
+            num_warps=8,
+        )
+    if bias_dtype is None:
+        (dweight,) = sum_partials(partials, weight.dtype)
+        dbias = torch.empty(0, dtype=weight.dtype, device=device)
+    else:
+        dweight, dbias = sum_partials(partials, weight.dtype, bias_dtype)
+    return dr, dx, dweight, dbias
+
+
+def _programs(architecture: str, device: torch.device, per_multiprocessor: int) -> int:
+    if architecture == "interpreter":
+        return 2 * per_multiprocessor
+    return backend.multiprocessors(device) * per_multiprocessor
+
+
+# ------------------------------------------------------------------------------------- autograd
+
+_forward_op = torch.library.custom_op("kernels::layer_norm_forward", _forward, mutates_args=())
+_forward_op.register_fake(_forward)
+_backward_op = torch.library.custom_op("kernels::layer_norm_backward", _backward, mutates_args=())
+_backward_op.register_fake(_backward)
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, bias, key, _, ctx.dropout_p, ctx.site, _ = inputs
+    _, new_residual, mean, rstd = output
+    ctx.has_residual = residual is not None
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(new_residual if ctx.has_residual else x, weight, mean, rstd, key)
+
+
+def _autograd_backward(ctx, dy, dnew, _dmean, _drstd):
+    r, weight, mean, rstd, key = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros((), dtype=r.dtype, device=r.device).expand(r.shape)
+    dr, dx, dweight, dbias = _backward_op(
+        dy,
+        dnew if ctx.has_residual else None,
+        r,
+        weight,
+        mean,
+        rstd,
+        key,
+        ctx.dropout_p,
+        ctx.site,
+        ctx.x_dtype,
+        ctx.bias_dtype,
+    )
+    distinct = ctx.dropout_p > 0 or ctx.x_dtype != r.dtype
+    return (
+        dx if distinct else dr,
+        dr if ctx.has_residual else None,
+        dweight,
+        dbias if ctx.bias_dtype is not None else None,
+        *(None,) * 5,
+    )
+
+
+_forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+# --------------------------------------------------------------------------------------- public
+
+
+def layer_norm(x, weight, bias=None, *, eps=1e-5, backend="auto"):
+    """LayerNorm over the last dimension.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, statistics in float32
+
+    Args:
+        x: (..., C); float32, float16, bfloat16, or float64 (eager only); any strides.
+        weight, bias: (C,), floating point, in x's dtype or another.
+        eps: added to the variance.
+        backend: "auto", "triton" or "eager".
+    Returns: y, shape of x, in x's dtype, or under autocast in autocast's.
+    Raises: ValueError on shapes or ranges; TypeError on dtypes; RuntimeError if the backend
+        cannot run.
+    Source: arXiv:1607.06450.
+    """
+    where = _check("layer_norm", x, None, weight, bias, eps, 0.0, backend)
+    y_dtype = autocast_dtype(x)
+    if where == "eager":
+        return _eager_layer_norm(x, weight, bias, eps, y_dtype)
+    return _forward_op(x, None, weight, bias, None, eps, 0.0, 0, y_dtype)[0]
 
 
 def dropout_add_layer_norm(
     x, residual, weight, bias=None, *, eps=1e-5, dropout_p=0.0, key=None, site=0, backend="auto"
 ):
-    """new_residual = residual + dropout(x); y = LayerNorm(new_residual)."""
+    """The residual add, dropout before it and LayerNorm after it, in one pass.
+
+    new_residual = residual + dropout(x);  y = LayerNorm(new_residual)
+
+    Args:
+        x: (..., C); float32, float16, bfloat16, or float64 (eager only); any strides.
+        residual: shape of x; x's dtype or float32.
+        weight, bias, eps: as in `layer_norm`.
+        dropout_p: in [0, 1).
+        key: (2,) int64 [seed, step] or (3,) [seed, step, first]; drawn if None. Dimension 0 of x
+            is the sequence; the mask's row is first * (rows a sequence) + row, its plane 0.
+        site: which dropout of the model, `kernels.rng.layer_site`.
+        backend: "auto", "triton" or "eager".
+    Returns: y, in x's dtype, or under autocast in autocast's; new_residual, in residual's.
+    Raises: ValueError on shapes or ranges; TypeError on dtypes; RuntimeError if the backend
+        cannot run.
+    Source: arXiv:1607.06450; mask of `kernels.rng`.
+    """
+    op = "dropout_add_layer_norm"
+    where = _check(op, x, residual, weight, bias, eps, dropout_p, backend)
     if dropout_p:
-        x = dropout_rows(x, dropout_p, check_key("dropout_add_layer_norm", key, x.device), site)
-    residual = residual + x
-    return layer_norm(residual, weight, bias, eps=eps), residual
+        key = rng.check_key(op, key, x.device)
+    y_dtype = autocast_dtype(x)
+    if where == "eager":
+        new_residual = _eager_dropout_add(x, residual, dropout_p, key, site)
+        return _eager_layer_norm(new_residual, weight, bias, eps, y_dtype), new_residual
+    return _forward_op(x, residual, weight, bias, key, eps, dropout_p, site, y_dtype)[:2]
+
+
+def _check(op, x, residual, weight, bias, eps, dropout_p, choice) -> str:
+    """The backend, once the arguments obey the rules."""
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}"
+            )
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x must be (..., C) with C at least 1; got {tuple(x.shape)}")
+    C = x.shape[-1]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != (C,):
+            raise ValueError(
+                f"{op}: {name} must be (C,) with C {C}, the last dimension of x; "
+                f"got {tuple(tensor.shape)}"
+            )
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"{op}: x and residual must have one shape; "
+                f"got x {tuple(x.shape)}, residual {tuple(residual.shape)}"
+            )
+        if residual.dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"{op}: residual must be float32 or of x's dtype; "
+                f"got x {x.dtype}, residual {residual.dtype}"
+            )
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative; got {eps}")
+    rng.check_dropout(op, dropout_p)
+    where = backend.resolve(op, choice, x, residual, weight, bias)
+    if where == "triton" and x.dtype == torch.float64:
+        raise TypeError(f"{op}: float64 needs backend='eager'; got x {x.dtype}, backend 'triton'")
+    return where
