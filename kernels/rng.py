@@ -17,6 +17,7 @@ Activations (B, T, C): plane = 0, row = b * T + t, col = channel. b counts in th
 absent), so that ranks and micro-batches draw what the whole batch would.
 """
 
+import numpy as np
 import torch
 
 from kernels.backend import HAS_TRITON, tl, triton
@@ -35,7 +36,7 @@ _SITES_PER_LAYER = 4
 PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
 
 _LOW32 = 0xFFFFFFFF
-_CHUNK_GROUPS = 65_536  # Philox calls whose temporaries stay in the L2 cache
+_CHUNK_GROUPS = 16_384  # Philox calls whose temporaries, 128 KB each, stay near the L2 cache
 
 
 def layer_site(layer: int, place: str) -> int:
@@ -114,8 +115,8 @@ def philox4x32(c0, c1, c2, c3, k0: int, k1: int, rounds: int = PHILOX_ROUNDS):
 def dropout_keep_mask(
     key: torch.Tensor,
     site: int,
-    planes: int | range,
-    rows: int | range,
+    planes: int | range | torch.Tensor,
+    rows: int | range | torch.Tensor,
     cols: int,
     p: float,
     device=None,
@@ -126,7 +127,8 @@ def dropout_keep_mask(
         key: (2,) or (3,) int64 [seed, step(, first)]; `first` is ignored here: positions are
             given by planes and rows, which count in the global batch.
         site: which dropout of the model (`layer_site`).
-        planes, rows: a count n, meaning range(n), or a range.
+        planes, rows: a count n, meaning range(n), a range, or an int64 tensor of positions. On a
+            GPU nothing waits for the device.
         cols: number of columns.
         p: dropout probability in [0, 1).
     Returns: (planes, rows, cols) bool.
@@ -134,26 +136,84 @@ def dropout_keep_mask(
     """
     check_dropout("dropout_keep_mask", p)
     device = torch.device(device) if device is not None else key.device
-    planes = range(planes) if isinstance(planes, int) else planes
-    rows = range(rows) if isinstance(rows, int) else rows
-    k0, k1 = key.tolist()[:2]
     groups = -(-cols // 8)
-    keep = torch.empty(len(planes), len(rows), groups * 8, dtype=torch.bool, device=device)
-    c0 = torch.arange(groups, device=device)
-    c1 = torch.arange(rows.start, rows.stop, rows.step, device=device)[:, None]
-    c2 = torch.arange(planes.start, planes.stop, planes.step, device=device)[:, None, None]
-    c3 = torch.tensor(site, device=device)
-    rows_per_chunk = max(1, _CHUNK_GROUPS // max(1, groups))
-    planes_per_chunk = max(1, rows_per_chunk // max(1, len(rows)))
-    threshold = dropout_threshold(p) - 32768
-    for plane in range(0, len(planes), planes_per_chunk):
-        for row in range(0, len(rows), rows_per_chunk):
-            window = slice(plane, plane + planes_per_chunk), slice(row, row + rows_per_chunk)
-            words = philox4x32(c0, c1[window[1]], c2[window[0]], c3, k0, k1)
-            # Flipping the top bit of each half turns the unsigned comparison into a signed one.
-            lanes = (torch.stack(words, dim=-1) ^ 0x80008000).to(torch.int32).view(torch.int16)
-            keep[window] = lanes.flatten(-2) >= threshold
+    planes, rows = _positions(planes, device), _positions(rows, device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        keep = torch.from_numpy(_keep_numpy(key, site, planes.numpy(), rows.numpy(), groups, p))
+    else:
+        keep = _keep_torch(key.to(device), site, planes, rows, groups, p)
     return keep[..., :cols]
+
+
+def _positions(positions: int | range | torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(positions, torch.Tensor):
+        return positions.to(device)
+    positions = range(positions) if isinstance(positions, int) else positions
+    return torch.arange(positions.start, positions.stop, positions.step, device=device)
+
+
+def _windows(planes: int, rows: int, groups: int):
+    """Pieces (plane slice, row slice) of about _CHUNK_GROUPS Philox calls."""
+    rows_per_chunk = max(1, _CHUNK_GROUPS // max(1, groups))
+    planes_per_chunk = max(1, rows_per_chunk // max(1, rows))
+    for plane in range(0, planes, planes_per_chunk):
+        for row in range(0, rows, rows_per_chunk):
+            yield slice(plane, plane + planes_per_chunk), slice(row, row + rows_per_chunk)
+
+
+def _keep_torch(key, site, planes, rows, groups, p):
+    """(planes, rows, 8 * groups) bool on the key's device."""
+    keep = torch.empty(len(planes), len(rows), groups * 8, dtype=torch.bool, device=key.device)
+    c0 = torch.arange(groups, device=key.device)
+    c3 = torch.full((), site, device=key.device)
+    threshold = dropout_threshold(p) - 32768
+    for window in _windows(len(planes), len(rows), groups):
+        c1, c2 = rows[window[1], None], planes[window[0], None, None]
+        words = philox4x32(c0, c1, c2, c3, key[0], key[1])
+        # Flipping the top bit of each half turns the unsigned comparison into a signed one.
+        lanes = (torch.stack(words, dim=-1) ^ 0x80008000).to(torch.int32).view(torch.int16)
+        keep[window] = lanes.flatten(-2) >= threshold
+    return keep
+
+
+def _keep_numpy(key, site, planes, rows, groups, p):
+    """`_keep_torch` for the CPU: numpy's uint64 loops take half the time of torch's int64."""
+    m0, m1 = map(np.uint64, PHILOX_MULTIPLIERS)
+    w0, w1 = PHILOX_INCREMENTS
+    seed, step = key.tolist()[:2]
+    keys = [((seed + i * w0) & _LOW32, (step + i * w1) & _LOW32) for i in range(PHILOX_ROUNDS)]
+    threshold = np.uint16(dropout_threshold(p))
+    keep = np.empty((len(planes), len(rows), groups * 8), dtype=np.bool_)
+    for window in _windows(len(planes), len(rows), groups):
+        piece = keep[window]
+        c0 = np.arange(groups, dtype=np.uint64)
+        c1 = rows[window[1], None].astype(np.uint64)
+        c2 = planes[window[0], None, None].astype(np.uint64)
+        c3 = np.full(1, site, dtype=np.uint64)
+        for k0, k1 in keys[:-1]:
+            product0, product1 = c0 * m0, c2 * m1
+            c0, c2 = _mix(product1, c1, k0), _mix(product0, c3, k1)
+            c1, c3 = _low(product1), _low(product0)
+        (k0, k1), product0, product1 = keys[-1], c0 * m0, c2 * m1
+        # Two words at a time: w0 | w1 << 32 and w2 | w3 << 32 are eight lanes in order.
+        lanes = np.empty((*piece.shape[:2], groups, 2), dtype=np.uint64)
+        np.bitwise_or(_mix(product1, c1, k0), product1 << np.uint64(32), out=lanes[..., 0])
+        np.bitwise_or(_mix(product0, c3, k1), product0 << np.uint64(32), out=lanes[..., 1])
+        np.greater_equal(lanes.view(np.uint16).reshape(piece.shape), threshold, out=piece)
+    return keep
+
+
+def _mix(product, low, k):
+    """high word of product ^ low ^ k"""
+    mixed = (product >> np.uint64(32)) ^ low
+    mixed ^= np.uint64(k)
+    return mixed
+
+
+def _low(product):
+    """low word of product, in place"""
+    product &= np.uint64(_LOW32)
+    return product
 
 
 def random_integers(key: torch.Tensor, site: int, rows: range, high: int) -> torch.Tensor:
