@@ -1,0 +1,604 @@
+"""Training, top to bottom: prepare a run, then step, evaluate and save until it is done.
+
+A run folder holds config.json, metrics.jsonl, loss.png, best/ and last/ (gptcore.checkpoint).
+`step` counts finished updates; everything random in update `step` is a function of (seed, step),
+so that weights, optimizer state and step are all that resuming needs.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from gptcore import machine
+from gptcore.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from gptcore.config import (
+    ConfigError,
+    GPTConfig,
+    RunError,
+    Settings,
+    TrainConfig,
+    split_fields,
+    to_json,
+)
+from gptcore.data import BatchStream, Corpus, load_text
+from gptcore.generation import generate
+from gptcore.model import GPT, build_model
+from gptcore.optim import learning_rate, make_optimizer, set_learning_rate
+from gptcore.tokenizer import tokenizer_for
+from kernels.rng import SITE_EVALUATION, make_key
+
+# What a resumed run may not change: the weights or the held-out text would no longer be the same.
+FIXED_ON_RESUME = ("model", "tokenizer", "vocab_multiple", "val_fraction")
+FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
+EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
+PLOT_EVERY_S = 60.0
+
+
+@dataclass
+class Run:
+    """Everything a run holds; `step`, `elapsed_s` and `best_val_loss` move as it goes on."""
+
+    folder: Path
+    config: TrainConfig
+    corpus: Corpus
+    model: nn.Module
+    forward: Callable  # model, compiled if asked for; (idx, targets, key) -> (_, loss)
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    dtype: torch.dtype
+    config_json: str
+    step: int = 0
+    elapsed_s: float = 0.0
+    best_val_loss: float = math.inf
+    best_step: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats and fraction of tokens guessed right."""
+
+    loss: float
+    accuracy: float
+
+
+# ---- preparing -------------------------------------------------------------------------------
+
+
+def prepare(settings: Settings) -> Run:
+    """Everything up to the first step; the run folder is made last, when nothing can fail.
+
+    Raises: ConfigError on anything wrong with the settings, the data or the folder.
+    """
+    device = machine.pick_device(settings.given.get("device", "auto"))
+    config, model_fields = settings.merged(device.type)
+    preset = settings.resolved_preset(device.type)
+    checkpoint = _checkpoint_to_resume(config)
+    if checkpoint is not None:
+        config, model_fields = _resumed_settings(checkpoint, settings)
+        preset = checkpoint.config.get("preset", preset)
+    text = load_text(config.data)
+    if Path(config.data).is_file():
+        config = config.replace(data=str(Path(config.data).resolve()))
+    if checkpoint is None:
+        tokenizer = tokenizer_for(config.tokenizer, text.content)
+        vocab_size = -(-tokenizer.vocab_size // config.vocab_multiple) * config.vocab_multiple
+        model_fields = {**model_fields, "vocab_size": vocab_size}
+    else:
+        tokenizer = checkpoint.tokenizer
+        if text.sha256 != checkpoint.config.get("data", {}).get("sha256"):
+            raise ConfigError(
+                f"--resume: {text.source} is not the text this run was trained on; "
+                "give the same --data, or start a new run"
+            )
+    model_config = GPTConfig(**model_fields)
+    corpus = Corpus.build(text, tokenizer, val_fraction=config.val_fraction, device=device)
+    corpus.check_block(model_config.block_size)
+
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, model_config).to(device)
+    optimizer = make_optimizer(model, config)
+    config = config.replace(out_dir=str(_make_folder(config, preset)), resume=False)
+    run = Run(
+        folder=Path(config.out_dir),
+        config=config,
+        corpus=corpus,
+        model=model,
+        forward=_loss_function(model, config),
+        optimizer=optimizer,
+        device=device,
+        dtype=machine.pick_dtype(config.dtype, device),
+        config_json=to_json(
+            config,
+            model_config,
+            preset=preset,
+            data={
+                "source": text.source,
+                "note": text.note,
+                "sha256": text.sha256,
+                "train_tokens": len(corpus.train),
+                "val_tokens": len(corpus.val),
+            },
+            versions={"python": platform.python_version(), "torch": str(torch.__version__)},
+        ),
+    )
+    if checkpoint is not None:
+        _restore(run, checkpoint)
+    (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
+    _trim_metrics(run.folder / "metrics.jsonl", run.step)
+    return run
+
+
+def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
+    """The last checkpoint of --out_dir with --resume, None where the run is to start."""
+    folder = Path(config.out_dir) if config.out_dir else None
+    if not config.resume:
+        if folder is not None and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+            raise ConfigError(
+                f"run folder {folder} exists; add --resume to go on with it, or give another "
+                "--out_dir"
+            )
+        return None
+    if folder is None:
+        raise ConfigError("--resume needs the run folder; add --out_dir")
+    if any((folder / name).is_dir() for name in ("last", "last.old")):
+        return open_checkpoint(folder, "last")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ConfigError(f"--resume: {folder} is not a run folder; give another --out_dir")
+    return None
+
+
+def _resumed_settings(
+    checkpoint: Checkpoint, settings: Settings
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The checkpoint's settings with what the user gave on top, where that is possible."""
+    train, model = split_fields(settings.given)
+    saved = {**dataclasses.asdict(checkpoint.train), **dataclasses.asdict(checkpoint.model)}
+    fixed = {*FIXED_ON_RESUME, *dataclasses.asdict(checkpoint.model)} - set(FREE_MODEL_FIELDS)
+    for name, value in settings.given.items():
+        if name in fixed and value != saved[name]:
+            raise ConfigError(
+                f"--resume: {name} is {saved[name]!r} in {checkpoint.folder} and cannot become "
+                f"{value!r}; start a new run for that"
+            )
+    started_from = checkpoint.config.get("preset")
+    if settings.preset not in ("auto", started_from):
+        raise ConfigError(
+            f"--resume: {checkpoint.folder} was started with --preset {started_from}, "
+            f"not {settings.preset}; leave --preset out"
+        )
+    return checkpoint.train.replace(**train), {**dataclasses.asdict(checkpoint.model), **model}
+
+
+def _make_folder(config: TrainConfig, preset: str) -> Path:
+    """Make the run folder: --out_dir, or the first free runs/PRESET-N."""
+    try:
+        if config.out_dir is not None:
+            folder = Path(config.out_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        Path("runs").mkdir(exist_ok=True)
+        for number in range(1, 1_000_000):
+            folder = Path("runs") / f"{preset}-{number}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the run folder: {error.strerror}: {error.filename}; give --out_dir"
+        ) from error
+    raise ConfigError("runs/ is full; give --out_dir")
+
+
+def _loss_function(model: nn.Module, config: TrainConfig) -> Callable:
+    """(idx, targets, key) -> (_, loss); the GPT then never holds all logits."""
+    forward = torch.compile(model) if config.compile else model
+    if isinstance(model, GPT):
+        return functools.partial(forward, return_logits=False)
+    return forward
+
+
+def _restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Weights, optimizer and counters of `checkpoint`."""
+    checkpoint.load_weights(run.model)
+    state = checkpoint.load_state()
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step, run.elapsed_s = int(state["step"]), float(state["elapsed_s"])
+        run.best_val_loss, run.best_step = float(state["best_val_loss"]), int(state["best_step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{checkpoint.folder}: state.pt does not fit this model: {error}"
+        ) from error
+    for group in run.optimizer.param_groups:
+        group["betas"] = (run.config.beta1, run.config.beta2)
+        group["weight_decay"] = run.config.weight_decay if group["weight_decay"] else 0.0
+
+
+# ---- one step, one evaluation ----------------------------------------------------------------
+
+
+def training_step(run: Run, batches: BatchStream) -> torch.Tensor:
+    """One update; returns the mean loss before it, on the device."""
+    config, total = run.config, 0.0
+    set_learning_rate(run.optimizer, learning_rate(run.step, config))
+    for first in range(0, config.sequences, config.batch_size):
+        idx, targets = batches.batch(run.step, first, config.batch_size)
+        key = make_key(config.seed, run.step, first, run.device)
+        with machine.autocast(run.device, run.dtype):
+            _, loss = run.forward(idx, targets, key)
+        if config.gradient_accumulation_steps > 1:
+            loss = loss / config.gradient_accumulation_steps
+        loss.backward()
+        total = total + loss.detach()
+    if config.grad_clip:
+        nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return total
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype=torch.float32
+) -> Evaluation:
+    """Mean loss and accuracy over all targets of `batches`; targets of -100 do not count."""
+    training = model.training
+    model.eval()
+    loss_sum = correct = count = 0
+    for idx, targets in batches:
+        with machine.autocast(idx.device, dtype):
+            logits, loss = model(idx, targets)
+        counted = targets != -100
+        tokens = counted.sum()
+        loss_sum = loss_sum + loss.double() * tokens
+        correct = correct + ((logits.argmax(-1) == targets) & counted).sum()
+        count = count + tokens
+    model.train(training)
+    return Evaluation(float(loss_sum / count), float(correct / count))
+
+
+def evaluate_exactly(run: Run) -> Evaluation:
+    """The whole validation split, each token once."""
+    block_size = run.model.config.block_size
+    size = max(run.config.batch_size, EVALUATION_TOKENS // block_size)
+    return evaluate(run.model, run.corpus.validation(size, block_size), run.dtype)
+
+
+def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
+    """(training, validation) as --eval_mode says."""
+    config, block_size = run.config, run.model.config.block_size
+    if config.eval_mode == "exact":
+        sample = run.corpus.training_sample(config.eval_iters, config.batch_size, block_size)
+        return evaluate(run.model, sample, run.dtype), evaluate_exactly(run)
+    return tuple(
+        evaluate(run.model, _sampled(run, split, first), run.dtype)
+        for first, split in enumerate(("train", "val"))
+    )
+
+
+def _sampled(run: Run, split: str, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """eval_iters random batches, as the notebook estimates a loss."""
+    config, block_size = run.config, run.model.config.block_size
+    for batch in range(config.eval_iters):
+        row = (first * config.eval_iters + batch) * config.batch_size
+        key = make_key(config.seed, run.step, row, run.device)
+        yield run.corpus.batch(
+            key, config.batch_size, block_size, split=split, site=SITE_EVALUATION
+        )
+
+
+# ---- the loop --------------------------------------------------------------------------------
+
+
+def train(settings: Settings) -> Path:
+    """Train as `settings` say; returns the run folder.
+
+    Raises: ConfigError on bad input, before anything is written; RunError if the loss stops
+        being a number; KeyboardInterrupt after saving, when interrupted.
+    """
+    run = prepare(settings)
+    config = run.config
+    rate = machine.matmul_rate(run.device, run.dtype)
+    _announce(run, rate)
+    log = Log(run, flops_per_step(run.model, config.sequences) / rate)
+    batches = BatchStream(run.corpus, config.seed, config.sequences, run.model.config.block_size)
+    checkpoint_interval = config.checkpoint_interval or config.eval_interval
+    resumed_at, evaluation = run.step if run.elapsed_s else None, None
+    with _stop_on_signals() as stop, log.progress_bar():
+        while True:
+            due = run.step % config.eval_interval == 0 or run.step >= config.max_iters
+            if due and run.step != resumed_at:
+                training, evaluation = evaluate_splits(run)
+                log.evaluated(training, evaluation)
+                if evaluation.loss < run.best_val_loss:
+                    run.best_val_loss, run.best_step = evaluation.loss, run.step
+                    save(run, "best")
+                show_sample(run)
+                log.restart_clock()
+            stopping = stop.is_set() or run.step >= config.max_iters
+            if (due or run.step % checkpoint_interval == 0 or stopping) and run.step != resumed_at:
+                save(run, "last")
+            if stopping:
+                break
+            loss = training_step(run, batches)
+            log.stepped(loss)
+    log.plot()
+    if run.step < config.max_iters:
+        print(f"stopped at step {run.step}; go on with: {resume_command(run)}")
+        raise KeyboardInterrupt
+    if evaluation is None or config.eval_mode != "exact":
+        evaluation = evaluate_exactly(run)
+    log.finished(evaluation)
+    return run.folder
+
+
+def save(run: Run, name: str) -> None:
+    """Write the checkpoint `name` of the run."""
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "step": run.step,
+        "elapsed_s": run.elapsed_s,
+        "best_val_loss": run.best_val_loss,
+        "best_step": run.best_step,
+    }
+    try:
+        save_checkpoint(run.folder / name, run.model, run.corpus.tokenizer, run.config_json, state)
+    except OSError as error:
+        raise RunError(
+            f"cannot save {run.folder / name}: {error.strerror or error}; the checkpoint before "
+            f"is untouched; make room, then: {resume_command(run)}"
+        ) from error
+
+
+def show_sample(run: Run) -> None:
+    """A few lines of what the model writes by now."""
+    if not run.config.sample_tokens:
+        return
+    tokenizer = run.corpus.tokenizer
+    idx = generate(
+        run.model,
+        run.corpus.val[:1].long()[None],
+        max_new_tokens=run.config.sample_tokens,
+        temperature=0.8,
+        seed=run.config.seed,
+        vocab_size=tokenizer.vocab_size,
+    )
+    text = tokenizer.decode(idx[0, 1:].tolist())
+    tqdm.write("\n".join("  | " + line for line in text.strip().splitlines()))
+
+
+def resume_command(run: Run) -> str:
+    """What to type to go on."""
+    return f"python train.py --out_dir {run.folder} --resume"
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, so that a step ends and is saved; twice kills."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- what is written and shown ---------------------------------------------------------------
+
+
+def flops_per_step(model: nn.Module, sequences: int) -> float:
+    """Of forward and backward: 6 per weight and token in matrix products, and causal attention.
+
+    Attention multiplies each of T queries by (T + 1) / 2 keys on average, twice (scores, values).
+    """
+    config = model.config
+    T = config.block_size
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = sum(linear.weight.numel() for linear in linears)
+    heads = {"GPT": config.n_layer * config.n_head, "NaiveGPT": config.n_layer * config.n_head}
+    layers_heads = heads.get(type(model).__name__, 0)
+    return 6.0 * sequences * T * (weights + layers_heads * config.D * (T + 1))
+
+
+class Log:
+    """metrics.jsonl, loss.png and the terminal; keeps the run's clock."""
+
+    def __init__(self, run: Run, step_seconds_at_rate: float):
+        self.run, self.step_seconds_at_rate = run, step_seconds_at_rate
+        self.path = run.folder / "metrics.jsonl"
+        self.bar: tqdm | None = None
+        self.started = time.perf_counter() - run.elapsed_s
+        self.plotted = time.perf_counter()
+        self.first_step, self.trained_s = run.step, 0.0
+        self.restart_clock()
+
+    @contextlib.contextmanager
+    def progress_bar(self):
+        """Steps done, steps a second and the time left; silent where there is no terminal."""
+        run = self.run
+        with tqdm(
+            total=run.config.max_iters, initial=run.step, unit="step", disable=None, leave=False
+        ) as self.bar:
+            yield
+
+    def restart_clock(self) -> None:
+        """Begin a new stretch of steps: what happened before is not their time."""
+        self.clock, self.clock_step = time.perf_counter(), self.run.step
+
+    def stepped(self, loss: torch.Tensor) -> None:
+        """After each step; every log_interval steps a line is written (and the device waited for).
+
+        Raises: RunError if the loss is not a number any more.
+        """
+        run, config = self.run, self.run.config
+        self.bar.update()
+        run.elapsed_s = time.perf_counter() - self.started
+        if run.step % config.log_interval:
+            return
+        value = loss.item()
+        now = time.perf_counter()
+        seconds = (now - self.clock) / (run.step - self.clock_step)
+        self.trained_s += now - self.clock
+        self.restart_clock()
+        tokens_per_s = config.sequences * run.model.config.block_size / seconds
+        lr = learning_rate(run.step - 1, config)
+        self.write(
+            kind="train",
+            step=run.step,
+            loss=value,
+            lr=lr,
+            step_ms=1e3 * seconds,
+            tokens_per_s=tokens_per_s,
+            mfu=self.step_seconds_at_rate / seconds,
+        )
+        self.bar.set_postfix_str(f"loss {value:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+        if not math.isfinite(value):
+            raise RunError(
+                f"the loss is {value} at step {run.step}; lower --learning_rate or set "
+                f"--grad_clip 1, then: {resume_command(run)}"
+            )
+
+    def evaluated(self, training: Evaluation, validation: Evaluation) -> None:
+        """Record and show one evaluation."""
+        run = self.run
+        run.elapsed_s = time.perf_counter() - self.started
+        self.write(
+            kind="eval",
+            step=run.step,
+            train_loss=training.loss,
+            val_loss=validation.loss,
+            val_accuracy=validation.accuracy,
+            elapsed_s=run.elapsed_s,
+        )
+        tqdm.write(
+            f"step {run.step}: train loss {training.loss:.4f}, val loss {validation.loss:.4f} "
+            f"({self.bits_per_character(validation):.3f} bits per character), "
+            f"accuracy {validation.accuracy:.1%}, {run.elapsed_s:.1f} s"
+        )
+        if time.perf_counter() - self.plotted > PLOT_EVERY_S:
+            self.plot()
+
+    def bits_per_character(self, validation: Evaluation) -> float:
+        """The loss in bits, per character whatever the tokens are."""
+        corpus = self.run.corpus
+        return validation.loss / math.log(2) * len(corpus.val) / corpus.val_characters
+
+    def finished(self, validation: Evaluation) -> None:
+        """The last lines."""
+        run = self.run
+        run.elapsed_s = time.perf_counter() - self.started
+        memory = machine.peak_memory_bytes(run.device)
+        self.write(
+            kind="end",
+            step=run.step,
+            val_loss=validation.loss,
+            val_accuracy=validation.accuracy,
+            val_bits_per_character=self.bits_per_character(validation),
+            best_val_loss=min(run.best_val_loss, validation.loss),
+            best_step=run.best_step,
+            elapsed_s=run.elapsed_s,
+            peak_memory_bytes=memory,
+        )
+        start = "LEONTES:" if "tinyshakespeare" in run.corpus.text.source else "The"
+        print(
+            f"exact validation loss {validation.loss:.4f} "
+            f"({self.bits_per_character(validation):.3f} bits per character, "
+            f"accuracy {validation.accuracy:.1%}) after {run.step} steps in {run.elapsed_s:.1f} s"
+            + (f", peak memory {memory / 2**20:,.0f} MiB" if memory else "")
+            + f"\nrun folder  {run.folder}"
+            f'\nsample it   python -m gptcore sample {run.folder} --start "{start}"'
+        )
+
+    def write(self, **record) -> None:
+        """Append one object to metrics.jsonl; a value that is no number becomes null."""
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+    def plot(self) -> None:
+        """loss.png from metrics.jsonl."""
+        self.plotted = time.perf_counter()
+        plot_losses(self.path, self.run.folder / "loss.png")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; one cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def _trim_metrics(path: Path, step: int) -> None:
+    """Forget what a run did after the checkpoint it resumes from."""
+    kept = [r for r in read_metrics(path) if r["kind"] != "end" and 0 < step >= r["step"]]
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot_losses(metrics: Path, image: Path) -> None:
+    """Training and validation loss against steps."""
+    from matplotlib.figure import Figure  # slow to import
+
+    records = [record for record in read_metrics(metrics) if record["kind"] == "eval"]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [record["step"] for record in records]
+    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
+        axes.plot(steps, [record[name] for record in records], marker=".", label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(image, dpi=120)
+
+
+def _announce(run: Run, rate: float) -> None:
+    """What is about to be trained, on what."""
+    config, corpus, shape = run.config, run.corpus, run.model.config
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    if corpus.text.note:
+        print(f"WARNING: {corpus.text.note}")
+    print(
+        f"data    {corpus.text.source}: {len(corpus.train):,} training and {len(corpus.val):,} "
+        f"validation tokens, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})\n"
+        f"model   {config.model}, {parameters:,} parameters: {shape.n_layer} layers, "
+        f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
+        f"device  {machine.describe(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
+        f"matrix products {rate / 1e9:,.0f} GFLOP/s\n"
+        f"run     {run.folder}, steps {run.step} to {config.max_iters} of "
+        f"{config.sequences} x {shape.block_size} tokens"
+    )
