@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels import backend as _backend
-from kernels.backend import tl
+from kernels.backend import autocast_dtype, jit, launch, resolve, tl
 
 REDUCTIONS = ("mean", "sum", "none")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,7 +65,7 @@ def _check_range(op, targets, V, ignore_index):
 # --- Triton kernels -------------------------------------------------------------------------------
 
 
-@_backend.jit
+@jit
 def _cross_entropy_kernel(
     logits_ptr,  # (M, V)
     targets_ptr,  # (M,) int64
@@ -149,7 +148,7 @@ def _cross_entropy_kernel(
                 tl.store(dlogits_ptrs + offs[None, :], dz, mask=mask)
 
 
-@_backend.jit
+@jit
 def _reduce_losses_kernel(
     losses_ptr,  # (M,) float32
     targets_ptr,  # (M,) int64
@@ -180,7 +179,7 @@ def _reduce_losses_kernel(
     tl.store(factor_ptr, factor)
 
 
-@_backend.jit
+@jit
 def _scale_kernel(
     x_ptr,  # (M, K), contiguous
     gradient_ptr,  # (M,), or one element with stride_gm = 0
@@ -230,7 +229,7 @@ def _launch_cross_entropy(logits, targets, scales, losses, dlogits, columns, ign
     """Losses (M,) of logits (M, V) and, if `dlogits` is given, their gradients times `scales`."""
     M, V = logits.shape
     plan = _plan(columns)
-    _backend.launch(
+    launch(
         _cross_entropy_kernel,
         (-(-M // plan["BLOCK_M"]),),
         logits,
@@ -254,7 +253,7 @@ def _launch_cross_entropy(logits, targets, scales, losses, dlogits, columns, ign
 def _launch_reduce(losses, targets, ignore_index, reduction):
     """(loss, factor): the sum or mean, and what turns the gradient of the sum into its own."""
     loss, factor = losses.new_empty(()), losses.new_empty(())
-    _backend.launch(
+    launch(
         _reduce_losses_kernel,
         (1,),
         losses,
@@ -276,7 +275,7 @@ def _launch_scale(x, gradient, factor, y):
     M, K = x.shape if gradient.ndim else (1, x.numel())
     BLOCK_K = min(2048, max(16, _power_of_2(K)))
     BLOCK_M = 2048 // BLOCK_K if M > 1 else 1
-    _backend.launch(
+    launch(
         _scale_kernel,
         (-(-M // BLOCK_M) * -(-K // BLOCK_K),),
         x,
@@ -297,7 +296,7 @@ def _launch_scale(x, gradient, factor, y):
 
 def _op(name: str, function: Callable, mutates_args: Sequence[str] = ()) -> Any:
     """`function` as an operator that is its own fake: fake tensors launch nothing."""
-    op = torch.library.custom_op(f"gptcore::{name}", function, mutates_args=mutates_args)
+    op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=mutates_args)
     op.register_fake(function)
     return op
 
@@ -420,7 +419,7 @@ def _linear_cross_entropy_forward(
     R = _rows_per_chunk(M, V, dtype.itemsize)
     stride, columns = (V, V) if R == M else (_round_up(V, _ROW_ALIGNMENT), _round_up(V, 16))
     buffer = x.new_empty((R, stride), dtype=dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         for start in range(0, max(1, M), max(1, R)):
@@ -570,7 +569,7 @@ def cross_entropy(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits must be (..., V), V >= 1; got {tuple(logits.shape)}")
     _check_targets(op, targets, "logits", logits, reduction)
-    backend = _backend.resolve(op, backend, logits, targets)
+    backend = resolve(op, backend, logits, targets)
     V = logits.shape[-1]
     logits_2d, targets_1d = logits.reshape(-1, V), targets.reshape(-1)
     if backend == "eager":
@@ -621,15 +620,12 @@ def linear_cross_entropy(
     if bias is not None and bias.shape != (V,):
         raise ValueError(f"{op}: bias must be ({V},) as weight is; got {tuple(bias.shape)}")
     _check_targets(op, targets, "x", x, reduction)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    elif len({tensor.dtype for tensor in named.values()}) > 1:
+    dtypes = {autocast_dtype(tensor) for tensor in named.values()}
+    if len(dtypes) > 1:
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named.items())
         raise TypeError(f"{op}: dtypes must agree outside autocast; got {got}")
-    else:
-        dtype = x.dtype
-    backend = _backend.resolve(op, backend, *named.values(), targets)
+    dtype = dtypes.pop()
+    backend = resolve(op, backend, *named.values(), targets)
     x_2d, targets_1d = x.reshape(-1, C), targets.reshape(-1)
     M = x_2d.shape[0]
     if backend == "triton":
