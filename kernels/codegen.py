@@ -101,27 +101,20 @@ class Report:
         sizes = sorted(loop.instructions for loop in self.loops if loop.innermost)
         return sum(sizes[-passes:])
 
-    def instructions_per_element(self, *tile: str, passes: int = 1) -> float:
-        """Thread instructions of the hottest loop, or of all code, per element of one tile.
+    def instructions_per_element(self, tile: int, passes: int = 1) -> float:
+        """Thread instructions of the hottest loop, or of all code, per element.
 
-        `tile` names the constexpr arguments whose product is the elements that one iteration (or,
-        without a loop, one program) covers, e.g. "BLOCK_M", "BLOCK_N"; `passes` is how many loops
-        every element goes through, e.g. 2 where a backward pass visits a tile for dk and for dq.
+        `tile` is the number of elements that one iteration of the loop, or one program of straight
+        code, computes; `passes` how many loops every element goes through.
         """
         instructions = self.loop_instructions(passes) or self.instructions
-        return instructions * self.threads / self.elements(*tile)
+        return instructions * self.threads / tile
 
-    def elements(self, *tile: str) -> int:
-        """The product of the constexpr arguments named."""
-        return math.prod(self.constants[name] for name in tile)
-
-    def warp_instructions(self, elements: float, *tile: str, passes: int = 1) -> float:
-        """Warp instructions a launch over `elements` issues, every path of straight code taken."""
-        programs = math.prod(self.grid)
+    def warp_instructions(self, elements: float, tile: int, passes: int = 1) -> float:
+        """Warp instructions of a launch over `elements`, every branch of straight code taken."""
         inside = sum(loop.instructions for loop in self.loops if loop.innermost)
-        iterations = elements / self.elements(*tile)
-        once = programs * (self.instructions - inside)
-        return self.warps * (once + iterations * self.loop_instructions(passes))
+        once = math.prod(self.grid) * (self.instructions - inside)
+        return self.warps * (once + elements / tile * self.loop_instructions(passes))
 
 
 def record(function: Callable[[], Any], arch: str) -> list[Launch]:
@@ -285,19 +278,20 @@ def _distinct(launches: Iterable[Launch]) -> list[Launch]:
 def _figures(report: Report, case: Case, gpu: GPU) -> Row:
     """A report as a row: its fields, instructions per element, and bounds on its time."""
     row = asdict(report) | {"gpu": gpu.name, "constants": _plain(report.constants)}
-    row |= {"loop": report.loop_instructions(), "per_element": None, "bound_us": None}
+    row |= {"loop": report.loop_instructions(), "per_element": None}
     seconds = {"bytes": report.bytes / gpu.bandwidth}
-    work = WORK.get(report.kernel)
-    if work is not None:
-        elements = work.elements(case.sizes)
+    if work := WORK.get(report.kernel):
+        constants, sizes = report.constants, case.sizes
+        elements = work.elements(constants, sizes, math.prod(report.grid))
         rate = gpu.tensor_rate["tf32" if case.dtype == torch.float32 else "bfloat16"]
-        seconds["FLOP"] = elements * work.flop(case.sizes) / rate
-    row["floor_us"] = max(seconds.values()) * 1e6
-    if work is not None and work.tile:
-        row["per_element"] = report.instructions_per_element(*work.tile, passes=work.passes)
-        issued = report.warp_instructions(elements, *work.tile, passes=work.passes)
+        seconds["FLOP"] = elements * work.flop(sizes) / rate
+        tile = work.tile(constants, sizes)
+        issued = report.warp_instructions(elements, tile, work.passes)
         seconds["instructions"] = issued / gpu.issue_rate
-        row["bound_us"] = max(seconds.values()) * 1e6
+        row["per_element"] = report.instructions_per_element(tile, work.passes)
+        row["loop"] = report.loop_instructions(work.passes)
+    row["floor_us"] = 1e6 * max(seconds["bytes"], seconds.get("FLOP", 0.0))
+    row["bound_us"] = 1e6 * max(seconds.values())
     return row | {"bound_by": max(seconds, key=lambda name: seconds[name])}
 
 

@@ -35,7 +35,8 @@ class Instruction:
     @property
     def tensor_core(self) -> bool:
         """Whether it is a matrix multiply-accumulate."""
-        return "MMA" in self.opcode or self.opcode.startswith(("v_mfma", "v_smfmac"))
+        kind = self.opcode.split(".")[0]
+        return kind.endswith("MMA") or kind.startswith(("v_mfma", "v_smfmac"))
 
     @property
     def transcendental(self) -> bool:
@@ -230,7 +231,7 @@ def find_loops(instructions: list[Instruction]) -> list[Loop]:
 def _waits(body: list[Instruction]) -> bool:
     """True for the few instructions that spin on a barrier or on an allocation."""
     spins = ("SYNCS", "UTCATOMSWS", "s_sleep")
-    return len(body) < 16 and any(i.opcode.startswith(spins) for i in body)
+    return len(body) <= 8 and any(i.opcode.startswith(spins) for i in body)
 
 
 def _blocks(instructions: list[Instruction]) -> tuple[list[int], list[list[int]]]:

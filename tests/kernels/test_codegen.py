@@ -1,0 +1,331 @@
+"""What the compiler made: parsing, occupancy, budgets, and the command on real kernels.
+
+The command runs in a process of its own, because under pytest kernels are interpreted ones.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from kernels import codegen
+from kernels.budgets import BUDGETS, CASES, Budget
+from kernels.disassembly import find_loops, parse_amdgcn, parse_sass
+from kernels.gpus import GPUS, MULTIPROCESSORS, occupancy
+
+pytest.importorskip("triton", reason="codegen compiles Triton kernels")
+
+COMPILED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def run(*arguments, env=COMPILED):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=600
+    )
+
+
+# SASS and amdgcn ------------------------------------------------------------------------------
+
+SASS = """
+		Function : k
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                 /* 0x00000a00ff017b82 */
+                                                                          /* 0x000e620000000800 */
+        /*0010*/               @P0 BRA 0x00a0 ;                           /* skips the loop */
+        /*0020*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E R5, desc[UR4][R2.64] ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0050*/                   MUFU.EX2 R5, R5 ;
+        /*0060*/               @P1 BRA 0x00c0 ;                           /* waits out of line */
+        /*0070*/                   NOP ;
+        /*0080*/              @!P0 BRA 0x0020 ;                           /* the loop */
+        /*0090*/                   HFMA2.MMA R5, -RZ, RZ, 0, 0 ;          /* no tensor core */
+        /*0098*/                   STL [R1], R5 ;
+        /*00a0*/                   LDG.E.U16 R5, desc[UR4][R2.64] ;
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R4 ;
+        /*00d0*/              @!P1 BRA 0x00c0 ;
+        /*00e0*/                   BRA 0x0070 ;
+        /*00f0*/                   BRA 0xf0;
+        /*0100*/                   NOP;
+"""
+
+AMDGCN = """
+k:                                      ; @k
+	s_load_dwordx4 s[0:3], s[0:1], 0x0
+.LBB0_1:                                ; =>This Loop Header: Depth=1
+	buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+	s_nop 1
+.LBB0_2:                                ; =>  This Inner Loop Header: Depth=2
+	v_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[68:69], 0
+	v_exp_f32_e32 v5, v5
+	s_cbranch_scc1 .LBB0_2
+	global_load_ushort v6, v[2:3], off
+	s_cbranch_scc0 .LBB0_1
+	s_endpgm
+	.end_amdhsa_kernel
+"""
+
+
+def test_sass_is_counted():
+    code = parse_sass(SASS)
+    assert [i.opcode for i in code][-1] == "BRA"  # the guard `BRA .` and its padding are gone
+    assert len(code) == 16
+    assert [i.global_load for i in code if i.global_load] == ["LDG.128", "LDG.32", "LDG.16"]
+    assert sum(i.tensor_core for i in code) == 1
+    assert sum(i.transcendental for i in code) == 1
+    assert sum(i.spill_store for i in code) == 1
+
+
+def test_sass_loops_include_code_moved_out_of_line_and_leave_out_waiting():
+    (loop,) = find_loops(parse_sass(SASS))
+    # 0x20..0x80 without the NOP, and 0xc0..0xe0, which only the loop jumps to.
+    assert loop.instructions == 6 + 3
+    assert (loop.tensor_core, loop.transcendental, loop.global_loads) == (1, 1, 2)
+
+
+def test_amdgcn_is_counted():
+    code = parse_amdgcn(AMDGCN)
+    loads = [i.global_load for i in code if i.global_load]
+    assert loads == ["buffer_load.128", "global_load.16"]
+    outer, inner = find_loops(code)
+    assert (outer.instructions, outer.innermost, outer.tensor_core) == (3, False, 0)
+    assert (inner.instructions, inner.innermost, inner.tensor_core) == (3, True, 1)
+    assert inner.transcendental == 1
+
+
+# Occupancy ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arch, warps, registers, shared, expected",
+    [
+        # NVIDIA's occupancy calculator
+        ("sm_90", 4, 168, 49152, (3, "registers")),
+        ("sm_90", 4, 128, 45 << 10, (4, "registers")),
+        ("sm_90", 4, 32, 227 << 10, (1, "shared")),
+        ("sm_90", 4, 32, 0, (16, "registers")),
+        ("sm_90", 1, 16, 0, (32, "programs")),
+        ("sm_90", 8, 24, 0, (8, "warps")),
+        ("sm_80", 8, 255, 0, (1, "registers")),
+        ("sm_80", 4, 96, 100 << 10, (1, "shared")),
+        ("sm_89", 4, 64, 0, (8, "registers")),
+        ("sm_90", 4, 32, 228 << 10, (0, "shared")),
+        # 512 registers a lane and SIMD; 4 SIMDs
+        ("gfx942", 4, 128, 0, (4, "registers")),
+        ("gfx942", 4, 64, 32768, (2, "shared")),
+        ("gfx942", 4, 512, 0, (1, "registers")),
+    ],
+)
+def test_occupancy(arch, warps, registers, shared, expected):
+    programs, limiter = occupancy(arch, warps, registers, shared)
+    assert programs == expected[0]
+    if limiter != expected[1]:  # a tie may be named either way
+        assert occupancy(arch, warps, registers + 8, shared)[0] < programs
+
+
+def test_tensor_memory_limits_occupancy():
+    assert occupancy("sm_100", 4, 64, 0, tensor_memory=256) == (2, "tensor memory")
+
+
+def test_every_gpu_has_limits_and_every_architecture_a_gpu():
+    assert {gpu.arch for gpu in GPUS.values()} == set(MULTIPROCESSORS)
+    for arch, name in codegen.DEFAULT_GPUS.items():
+        assert GPUS[name].arch == arch
+    # Issue rate: 132 multiprocessors x 4 schedulers x 1.83 GHz.
+    assert GPUS["H200"].issue_rate == pytest.approx(132 * 4 * 1.83e9)
+
+
+# Budgets --------------------------------------------------------------------------------------
+
+BUDGET = Budget("op", "case", "_kernel", "sm_90", 128, 49152, 2, 20.0, "HGMMA")
+ROW = {
+    "op": "op",
+    "case": "case",
+    "kernel": "_kernel",
+    "arch": "sm_90",
+    "registers": 128,
+    "spills": 0,
+    "stack": 0,
+    "shared": 49152,
+    "occupancy": 2,
+    "per_element": 20.0,
+    "tensor_core": {"HGMMA.64x64x16.F32.BF16": 8},
+}
+
+
+@pytest.mark.parametrize(
+    "change, rule",
+    [
+        ({"registers": 129}, "registers"),
+        ({"spills": 1}, "spills"),
+        ({"stack": 8}, "stack"),
+        ({"shared": 49153}, "shared"),
+        ({"occupancy": 1}, "programs"),
+        ({"per_element": 20.1}, "instructions per element"),
+        ({"per_element": None}, "instructions per element"),
+        ({"tensor_core": {"HMMA.16816.F32.BF16": 32}}, "tensor core"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_budget_is_held(change, rule):
+    assert BUDGET.breaches(ROW) == []
+    (breach,) = BUDGET.breaches(ROW | change)
+    assert rule in breach
+
+
+def test_check_wants_a_budget_for_every_kernel_and_a_kernel_for_every_budget(monkeypatch):
+    key = "op", "case", "_kernel", "sm_90"
+    case = replace(CASES[0], op="op", name="case")
+    monkeypatch.setattr(codegen, "BUDGETS", {key: BUDGET})
+    assert codegen.check([ROW]) == []
+    assert codegen.stale([ROW], [case], ["sm_90"]) == []
+    assert "must have a row" in codegen.check([ROW | {"kernel": "_new_kernel"}])[0]
+    assert "got none" in codegen.stale([], [case], ["sm_90"])[0]
+    assert codegen.stale([], [case], ["sm_80"]) == []
+    assert "must compile" in codegen.check([{**ROW, "error": "ptxas died"}])[0]
+
+
+def test_difference_names_what_changed():
+    row = ROW | {"constants": {"BLOCK_M": 64}, "instructions": 400}
+    other = row | {"registers": 168, "tensor_core": {"HMMA.16816": 32}}
+    assert codegen.difference([row], [row]) == []
+    changes = codegen.difference([row], [other])
+    assert [change[4:] for change in changes] == [
+        ["registers", "128", "168"],
+        ["tensor_core", "8xHGMMA.64x64x16.F32.BF16", "32xHMMA.16816"],
+    ]
+    assert codegen.difference([], [row])[0][4:] == ["kernel", "", "launched"]
+
+
+def test_measurements_are_read(tmp_path):
+    time = {"gpu": "H200", "kernel": "_kernel", "case": "case", "us": 12.5}
+    (tmp_path / "a.json").write_text(json.dumps({"kernel_times": [time]}))
+    (tmp_path / "b.json").write_text("[]")
+    assert codegen.measurements(tmp_path) == {("H200", "_kernel", "case"): 12.5}
+
+
+def test_every_budget_belongs_to_a_case():
+    cases = {(case.op, case.name): case for case in CASES}
+    for op, case, _, arch in BUDGETS:
+        assert arch in cases[op, case].arches
+
+
+# The compiler ---------------------------------------------------------------------------------
+
+TOY = """
+import json, sys
+from dataclasses import asdict
+import torch, triton, triton.language as tl
+from kernels import backend, codegen
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n), mask=offs < n)
+
+@triton.jit
+def _gram_kernel(x_ptr, y_ptr, K, stride, BLOCK: tl.constexpr):
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, 64)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, 64):
+        x = tl.load(x_ptr + rows[:, None] * stride + (start + cols)[None, :])
+        acc += tl.exp2(tl.dot(x, x.T))
+    tl.store(y_ptr + rows[:, None] * BLOCK + rows[None, :], acc)
+
+def launches():
+    half = lambda *shape: torch.empty(shape, device="meta", dtype=torch.bfloat16)
+    copy = lambda x, y, n: backend.launch(_copy_kernel, (8,), x, y, n, BLOCK=2048, num_warps=4)
+    copy(half(4096), half(4096), 4096)
+    copy(half(4096)[1:], half(4095), 4095)
+    gram = lambda block, warps: backend.launch(
+        _gram_kernel, (1,), half(block, 1024), half(block, block).float(), 1024, 1024,
+        BLOCK=block, num_warps=warps)
+    gram(64, 4)
+    gram(128, 2)
+
+arch = sys.argv[1]
+reports = [codegen.compile_launch(l.kernel, l.grid, l.args, l.kwargs, arch)
+           for l in codegen.record(launches, arch)]
+print(json.dumps([asdict(r) | {"loop": r.loop_instructions()} for r in reports]))
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy") / "toy.py"
+    path.write_text(TOY)
+
+    def compile_toy(arch):
+        environment = COMPILED | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        result = run(str(path), arch, env=environment)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return compile_toy
+
+
+@pytest.mark.parametrize(
+    "arch, wide, narrow, tensor_core",
+    [
+        ("sm_80", "LDG.128", "LDG.16", "HMMA"),
+        ("sm_90", "LDG.128", "LDG.16", "HGMMA"),
+        ("sm_100", "LDG.128", "LDG.16", "UTCHMMA"),
+        ("gfx942", "buffer_load.128", "buffer_load.16", "v_mfma"),
+    ],
+)
+def test_compiled_kernels_are_what_was_launched(toy, arch, wide, narrow, tensor_core):
+    aligned, misaligned, gram, spilling = toy(arch)
+    # Specialised as a launch would be: a base or a size off by one element costs the wide loads.
+    assert set(aligned["global_loads"]) == {wide}
+    assert set(misaligned["global_loads"]) == {narrow}
+    assert aligned["bytes"] == 2 * 4096 * 2
+    assert aligned["constants"] == {"BLOCK": 2048}
+    assert aligned["loops"] == []
+    assert all(kind.startswith(tensor_core) for kind in gram["tensor_core"])
+    # ptxas keeps a thread's index on the stack across sm_100's allocation of tensor memory.
+    assert gram["spills"] == (3 if arch == "sm_100" else 0)
+    assert 30 < gram["loop"] < gram["instructions"]
+    assert sum(loop["transcendental"] for loop in gram["loops"]) == 64 * 64 // gram_threads(arch)
+    # 128 x 128 float accumulators over 2 warps do not fit 255 registers.
+    if arch in ("sm_80", "sm_90"):
+        assert spilling["spills"] > 0
+
+
+def gram_threads(arch):
+    return 4 * MULTIPROCESSORS[arch].warp_size
+
+
+# The command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, known",
+    [
+        (["--op", "attention"], "causal_attention"),
+        (["--arch", "sm_91"], "sm_100"),
+        (["--gpu", "H20"], "H200"),
+        (["--diff", "no such file"], "--diff"),
+        (["--json", "no/such/folder/file.json"], "writable"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, known, capsys):
+    with pytest.raises(SystemExit) as exit:
+        codegen.main(arguments)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and known in error and "Traceback" not in error
+
+
+def test_an_unknown_architecture_raises():
+    with pytest.raises(ValueError, match="arch must be one of sm_80.*got 'sm_70'"):
+        codegen.compile_launch(None, (1,), (), {}, "sm_70")
+
+
+def test_interpreted_kernels_are_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET must be unset"):
+        codegen.compile_launch(object(), (1,), (), {}, "sm_90")
