@@ -1,8 +1,27 @@
-"""Causal softmax attention."""
+"""Causal softmax attention with dropout.
+
+    o[i] = c * sum_j R[i,j] P[i,j] v[j],   P[i,:] = softmax_j(scale * q[i].k[j]),   j <= i + Tk - Tq
+
+    q, k, v, o   queries, keys, values, output: (B, H, T, D); Tq queries follow Tk - Tq older keys
+    R            dropout_keep_mask(key, site): plane b * H + h, row i + Tk - Tq, column j
+    c            1 / (1 - p) of dropout, exactly dropout_scale(p)
+
+FlashAttention-2, arXiv:2307.08691. The Triton kernels are in `attention_kernels`, the CPU path in
+`attention_eager`; this file binds both to autograd and holds the public functions.
+"""
+
+import math
 
 import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from kernels.rng import check_key, dropout_keep_mask, dropout_scale
+from kernels import attention_eager, attention_kernels
+from kernels.backend import autocast_dtype, resolve
+from kernels.rng import check_dropout, check_key, dropout_keep_mask, dropout_scale
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0):
@@ -22,14 +41,246 @@ def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0)
     return p @ v
 
 
+def _without_dropout(q, k, v, scale):
+    """SDPA, whose is_causal aligns top-left and so serves square scores only."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < Tq < Tk:
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    causal = 1 < Tq == Tk
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+
+
+# The two forms of the op. What a forward saves, lse or the packed mask, only its backend reads.
+_ENGINES = {"triton": attention_kernels, "eager": attention_eager}
+
+
+def _heads(qkv):
+    """(B, T, 3, H, D) -> q, k, v (B, H, T, D), views."""
+    return qkv.permute(2, 0, 3, 1, 4)
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key: torch.Tensor | None,
+    scale: float, dropout_p: float, site: int, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o and what the backward needs besides."""
+    o = torch.empty_like(q)
+    return o, _ENGINES[backend].forward(q, k, v, o, key, scale, dropout_p, site)
+
+
+def _backward(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+    saved: torch.Tensor, key: torch.Tensor | None,
+    scale: float, dropout_p: float, site: int, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _ENGINES[backend].backward(do, q, k, v, o, saved, *gradients, key, scale, dropout_p, site)
+    return gradients
+
+
+def _forward_qkv(
+    qkv: torch.Tensor, key: torch.Tensor | None,
+    scale: float, dropout_p: float, site: int, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o (B, T, H, D) and what the backward needs besides."""
+    B, T, _, H, D = qkv.shape
+    o = qkv.new_empty(B, T, H, D)
+    engine = _ENGINES[backend]
+    return o, engine.forward(*_heads(qkv), o.transpose(1, 2), key, scale, dropout_p, site)
+
+
+def _backward_qkv(
+    do: torch.Tensor, qkv: torch.Tensor, o: torch.Tensor, saved: torch.Tensor,
+    key: torch.Tensor | None, scale: float, dropout_p: float, site: int, backend: str,
+) -> torch.Tensor:  # fmt: skip
+    """dqkv (B, T, 3, H, D)."""
+    dqkv = qkv.new_empty(qkv.shape)
+    do, o = do.transpose(1, 2), o.transpose(1, 2)
+    tensors = do, *_heads(qkv), o, saved, *_heads(dqkv)
+    _ENGINES[backend].backward(*tensors, key, scale, dropout_p, site)
+    return dqkv
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, key, scale, dropout_p, site, backend = inputs
+    ctx.save_for_backward(*tensors, *output, key)
+    ctx.options = scale, dropout_p, site, backend
+    ctx.set_materialize_grads(False)
+
+
+def _transforming():
+    """Whether torch.func runs: its tensors have no memory of their own, only ops may touch them."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class _Attention(torch.autograd.Function):
+    """The eager binding of `_forward` and `_backward`."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, _):
+        run = _backward_op if _transforming() else _backward
+        return *run(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+class _AttentionQKV(torch.autograd.Function):
+    """The eager binding of `_forward_qkv` and `_backward_qkv`."""
+
+    forward = staticmethod(_forward_qkv)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, _):
+        run = _backward_qkv_op if _transforming() else _backward_qkv
+        return run(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+# The same four functions as torch.library ops, for torch.compile, torch.export and torch.func;
+# calling them costs some 50 us more than the Functions above.
+def _op(function):
+    name = f"kernels::causal_attention{function.__name__}"
+    return torch.library.custom_op(name, function, mutates_args=())
+
+
+_forward_op, _backward_op = _op(_forward), _op(_backward)
+_forward_qkv_op, _backward_qkv_op = _op(_forward_qkv), _op(_backward_qkv)
+
+
+def _saved_like(q, k, backend):
+    return _ENGINES[backend].saved_like(q, k)
+
+
+@_forward_op.register_fake
+def _(q, k, v, key, scale, dropout_p, site, backend):
+    return torch.empty_like(q), _saved_like(q, k, backend)
+
+
+@_forward_qkv_op.register_fake
+def _(qkv, key, scale, dropout_p, site, backend):
+    q, k, _ = _heads(qkv)
+    return qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]), _saved_like(q, k, backend)
+
+
+@_backward_op.register_fake
+def _(do, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@_backward_qkv_op.register_fake
+def _(do, qkv, *_):
+    return qkv.new_empty(qkv.shape)
+
+
+def _op_backward(ctx, do, _):
+    return *_backward_op(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+def _op_backward_qkv(ctx, do, _):
+    return _backward_qkv_op(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+_forward_qkv_op.register_autograd(_op_backward_qkv, setup_context=_setup_context)
+
+
+def _check(op, q, k, v, scale, dropout_p, backend):
+    """Raise unless the tensors and numbers fit each other; returns (backend, scale)."""
+    D = q.shape[-1]
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head size must be in 1..{MAX_HEAD_DIM}; got {D}")
+    if not 1 <= q.shape[2] <= k.shape[2]:
+        raise ValueError(
+            f"{op}: queries must number at least 1 and at most as many as keys; "
+            f"got {q.shape[2]} queries, {k.shape[2]} keys"
+        )
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise TypeError(f"{op}: q, k, v must agree in dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    scale = D**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite; got {scale}")
+    check_dropout(op, dropout_p)
+    backend = resolve(op, backend, q, k, v)
+    allowed = DTYPES if backend == "triton" else (*DTYPES, torch.float64)
+    if q.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{op}: dtype must be one of {names} with backend {backend}; got {q.dtype}")
+    return backend, scale
+
+
 def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, backend="auto"):
-    """Causal softmax attention, all heads in one call."""
-    return attention_reference(q, k, v, scale=scale, dropout_p=dropout_p, key=key, site=site)
+    """Causal softmax attention, all heads in one call.
+
+    o[i] = sum_{j <= i + Tk - Tq} softmax_j(scale * q[i].k[j]) v[j], with dropout on the softmax.
+
+    Args:
+        q: (B, H, Tq, D); float32, float16 or bfloat16, on the eager backend also float64; any
+            strides. Under autocast q, k, v are cast as for a matrix product.
+        k, v: (B, H, Tk, D), 1 <= Tq <= Tk, 1 <= D <= 256. The mask is aligned bottom-right, so
+            that new queries may follow cached keys.
+        scale: multiplies q.k; default D**-0.5.
+        dropout_p: probability, in [0, 1), of dropping a softmax weight; survivors are scaled up.
+        key: (2,) or (3,) int64 of `kernels.rng`; None draws one from torch's generator.
+        site: number of this dropout in the model (`kernels.rng.layer_site`).
+        backend: "auto", "triton" or "eager".
+    Returns: o (B, H, Tq, D), dtype of q.
+    Raises: ValueError on shapes, ranges or devices; TypeError on dtypes; RuntimeError if the
+        backend cannot run. float32 products are IEEE or TF32 as torch.backends.cuda.matmul says.
+    Source: FlashAttention-2, arXiv:2307.08691.
+    """
+    op = "causal_attention"
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    if any(len(shape) != 4 for shape in shapes):
+        raise ValueError(f"{op}: q, k, v must be (B, H, T, D); got {', '.join(map(str, shapes))}")
+    if shapes[1] != shapes[2]:
+        raise ValueError(f"{op}: k and v must have one shape; got k {shapes[1]}, v {shapes[2]}")
+    if shapes[0][:2] != shapes[1][:2] or shapes[0][3] != shapes[1][3]:
+        raise ValueError(f"{op}: q and k must agree in B, H, D; got q {shapes[0]}, k {shapes[1]}")
+    dtype = autocast_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    backend, scale = _check(op, q, k, v, scale, dropout_p, backend)
+    dropout_p = float(dropout_p)
+    if dropout_p == 0:
+        key = None
+        if backend == "eager":
+            return _without_dropout(q, k, v, scale)
+    else:
+        key = check_key(op, key, q.device)
+    if backend == "triton" and scale <= 0:
+        # The kernels' running maximum takes a positive scale.
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    run = _forward_op if torch.compiler.is_compiling() else _Attention.apply
+    return run(q, k, v, key, scale, dropout_p, site, backend)[0]
 
 
 def causal_attention_qkv(qkv, *, scale=None, dropout_p=0.0, key=None, site=0, backend="auto"):
-    """qkv (B, T, 3, H, D) -> o (B, T, H, D)."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return causal_attention(
-        q, k, v, scale=scale, dropout_p=dropout_p, key=key, site=site, backend=backend
-    ).transpose(1, 2)
+    """`causal_attention` of a packed projection; nothing is copied, forward or backward.
+
+    Args:
+        qkv: (B, T, 3, H, D), any strides; the rest as in `causal_attention`.
+    Returns: o (B, T, H, D), contiguous, dtype of qkv. The gradient of qkv is one tensor.
+    Raises: as `causal_attention`.
+    """
+    op = "causal_attention_qkv"
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv must be (B, T, 3, H, D); got {tuple(qkv.shape)}")
+    qkv = qkv.to(autocast_dtype(qkv))
+    q, k, v = _heads(qkv)
+    backend, scale = _check(op, q, k, v, scale, dropout_p, backend)
+    dropout_p = float(dropout_p)
+    if dropout_p == 0:
+        key = None
+        if backend == "eager":
+            return _without_dropout(q, k, v, scale).transpose(1, 2)
+    else:
+        key = check_key(op, key, qkv.device)
+    if backend == "triton" and scale <= 0:
+        options = {"scale": scale, "dropout_p": dropout_p, "key": key, "site": site}
+        return causal_attention(q, k, v, backend=backend, **options).transpose(1, 2)
+    run = _forward_qkv_op if torch.compiler.is_compiling() else _AttentionQKV.apply
+    return run(qkv, key, scale, dropout_p, site, backend)[0]

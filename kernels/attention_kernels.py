@@ -1,0 +1,418 @@
+"""The Triton kernels of `kernels.attention`, their launch plans and launchers.
+
+Forward, per query tile: FlashAttention-2's online softmax in base 2, which saves
+
+    lse[i] = log2 sum_{j<=i} 2^s[i,j],   s = scale * log2(e) * q k^T
+
+Backward, without atomics, from P = 2^(s - lse), the mask R of dropout and c = 1 / (1 - p):
+
+    delta = rowsum(do * o) / c      dS = P * (R * (do v^T) - delta)
+    dv = c * (R * P)^T do           dk = scale * c * dS^T q           dq = scale * c * dS k
+
+Query i of Tq stands at position i + Tk - Tq: the causal mask is aligned bottom-right. Positions
+are also the rows of the dropout mask, and b * H + h, counted in the global batch, its planes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kernels import backend
+from kernels.backend import jit, tl
+from kernels.rng import dropout_scale, dropout_threshold, keep_tile, load_key
+
+LOG2E = math.log2(math.e)
+
+
+@jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a @ b + acc in float32; WIDEN spares the interpreter bfloat16, which it gets wrong."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit
+def _tile(ptr, offset, stride_t, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers (BLOCK, BLOCK_D) to the rows from `offset` on."""
+    offs_t = offset.to(tl.int64) + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    return ptr + offs_t[:, None] * stride_t + offs_d[None, :] * stride_d
+
+
+@jit
+def _forward_tiles(
+    acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk, qk_scale,
+    seed, step, plane, site, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take the keys low ... high into the running softmax of one query tile.
+
+    offs_m (BLOCK_M,) are positions; MASKED tiles touch the diagonal or the end of the keys.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    for start_n in range(low, high, BLOCK_N):
+        step_n = tl.cast(start_n, tl.int64)
+        mask = mask_d & ((start_n + offs_n)[:, None] < Tk) if MASKED else mask_d
+        k = tl.load(k_ptrs + step_n * stride_kt, mask=mask, other=0.0)
+        s = _dot(q, k.T, None, PRECISION, WIDEN)
+        if MASKED:
+            s = tl.where((start_n + offs_n)[None, :] <= offs_m[:, None], s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+        p = tl.exp2(s * qk_scale - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        if DROPOUT:
+            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
+        v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
+        acc = _dot(p.to(v.dtype), v, acc, PRECISION, WIDEN)
+        m_i = m_new
+    return acc, m_i, l_i
+
+
+# Lengths, sites and thresholds change from call to call; a kernel for each would be compiled.
+_UNSPECIALISED = ["H", "Tq", "Tk", "site", "threshold"]
+
+
+@jit(do_not_specialize=_UNSPECIALISED)
+def _attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr,  # (B, H, Tq or Tk, D), any strides
+    lse_ptr,  # (B, H, Tq) float32
+    key_ptr,  # (2,) or (3,) int64
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_ob, stride_oh, stride_ot, stride_od,
+    H, Tq, Tk, qk_scale, keep_scale, site, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Program bh * tiles + i owns query tile tiles - 1 - i, the longest first."""
+    tiles = tl.cdiv(Tq, BLOCK_M)
+    bh = tl.program_id(0) // tiles
+    start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    mask = mask_d & (rows[:, None] < Tq)
+    offs_m = rows + (Tk - Tq)
+
+    q_base, o_base = q_ptr + b * stride_qb + h * stride_qh, o_ptr + b * stride_ob + h * stride_oh
+    k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    q = tl.load(_tile(q_base, start_m, stride_qt, stride_qd, BLOCK_M, BLOCK_D), mask, other=0.0)
+    k_ptrs = _tile(k_base, start_m * 0, stride_kt, stride_kd, BLOCK_N, BLOCK_D)
+    v_ptrs = _tile(v_base, start_m * 0, stride_vt, stride_vd, BLOCK_N, BLOCK_D)
+    if DROPOUT:
+        seed, step, first = load_key(key_ptr, HAS_FIRST)
+        plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
+    else:
+        seed, step, plane = 0, 0, 0
+
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Every row of the tile sees the keys before `full`, some row those before `high`.
+    full = (start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N
+    high = tl.minimum(start_m + BLOCK_M, Tq) + Tk - Tq
+    acc, m_i, l_i = _forward_tiles(
+        acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk, qk_scale,
+        seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=False,
+    )  # fmt: skip
+    acc, m_i, l_i = _forward_tiles(
+        acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk, qk_scale,
+        seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=True,
+    )  # fmt: skip
+
+    o = acc * (keep_scale / l_i)[:, None]
+    o_ptrs = _tile(o_base, start_m, stride_ot, stride_od, BLOCK_M, BLOCK_D)
+    tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask)
+    tl.store(lse_ptr + bh.to(tl.int64) * Tq + rows, m_i + tl.log2(l_i), rows < Tq)
+
+
+@jit
+def _dq_tiles(
+    dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk, qk_scale,
+    seed, step, plane, site, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add to dq (BLOCK_M, BLOCK_D) what the keys low ... high contribute."""
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    for start_n in range(low, high, BLOCK_N):
+        step_n = tl.cast(start_n, tl.int64)
+        mask = mask_d & ((start_n + offs_n)[:, None] < Tk) if MASKED else mask_d
+        k = tl.load(k_ptrs + step_n * stride_kt, mask=mask, other=0.0)
+        v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
+        p = tl.exp2(_dot(q, k.T, None, PRECISION, WIDEN) * qk_scale - lse[:, None])
+        if MASKED:
+            p = tl.where((start_n + offs_n)[None, :] <= offs_m[:, None], p, 0.0)
+        dp = _dot(do, v.T, None, PRECISION, WIDEN)
+        if DROPOUT:
+            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
+            dp = tl.where(keep, dp, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = _dot(ds.to(k.dtype), k, dq, PRECISION, WIDEN)
+    return dq
+
+
+@jit(do_not_specialize=_UNSPECIALISED)
+def _attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr,  # (B, H, Tq or Tk, D), any strides
+    lse_ptr, delta_ptr,  # (B, H, Tq) float32; delta is written for the other kernel
+    key_ptr,
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_ob, stride_oh, stride_ot, stride_od,
+    stride_dob, stride_doh, stride_dot, stride_dod,
+    stride_dqb, stride_dqh, stride_dqt, stride_dqd,
+    H, Tq, Tk, qk_scale, dq_scale, keep_scale, site, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Program bh * tiles + i owns query tile tiles - 1 - i: its delta and dq."""
+    tiles = tl.cdiv(Tq, BLOCK_M)
+    bh = tl.program_id(0) // tiles
+    start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    mask = mask_d & (rows[:, None] < Tq)
+    offs_m = rows + (Tk - Tq)
+
+    q_base, o_base = q_ptr + b * stride_qb + h * stride_qh, o_ptr + b * stride_ob + h * stride_oh
+    k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    do_base, dq_base = do_ptr + b * stride_dob + h * stride_doh, dq_ptr + b * stride_dqb
+    dq_base += h * stride_dqh
+    q = tl.load(_tile(q_base, start_m, stride_qt, stride_qd, BLOCK_M, BLOCK_D), mask, other=0.0)
+    o = tl.load(_tile(o_base, start_m, stride_ot, stride_od, BLOCK_M, BLOCK_D), mask, other=0.0)
+    do = tl.load(_tile(do_base, start_m, stride_dot, stride_dod, BLOCK_M, BLOCK_D), mask, other=0.0)
+    lse = tl.load(lse_ptr + bh.to(tl.int64) * Tq + rows, rows < Tq, other=float("inf"))
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
+    tl.store(delta_ptr + bh.to(tl.int64) * Tq + rows, delta, rows < Tq)
+    k_ptrs = _tile(k_base, start_m * 0, stride_kt, stride_kd, BLOCK_N, BLOCK_D)
+    v_ptrs = _tile(v_base, start_m * 0, stride_vt, stride_vd, BLOCK_N, BLOCK_D)
+    if DROPOUT:
+        seed, step, first = load_key(key_ptr, HAS_FIRST)
+        plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
+    else:
+        seed, step, plane = 0, 0, 0
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    full = (start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N
+    high = tl.minimum(start_m + BLOCK_M, Tq) + Tk - Tq
+    dq = _dq_tiles(
+        dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk, qk_scale,
+        seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=False,
+    )  # fmt: skip
+    dq = _dq_tiles(
+        dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk,
+        qk_scale, seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=True,
+    )  # fmt: skip
+    dq_ptrs = _tile(dq_base, start_m, stride_dqt, stride_dqd, BLOCK_M, BLOCK_D)
+    tl.store(dq_ptrs, (dq * dq_scale).to(dq_ptr.dtype.element_ty), mask)
+
+
+@jit
+def _dkdv_tiles(
+    dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, delta_ptr, stride_qt, stride_dot, low, high,
+    start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add to dk, dv (BLOCK_N, BLOCK_D) what the queries low ... high contribute."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    for start_m in range(low, high, BLOCK_M):
+        rows = start_m + tl.arange(0, BLOCK_M)
+        step_m = tl.cast(start_m, tl.int64)
+        mask = mask_d & (rows[:, None] < Tq)
+        q = tl.load(q_ptrs + step_m * stride_qt, mask=mask, other=0.0)
+        do = tl.load(do_ptrs + step_m * stride_dot, mask=mask, other=0.0)
+        lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
+        delta = tl.load(delta_ptr + rows, rows < Tq, other=0.0)
+        p = tl.exp2(_dot(k, q.T, None, PRECISION, WIDEN) * qk_scale - lse[None, :])  # (N, M)
+        if MASKED:
+            p = tl.where(offs_n[:, None] <= (rows + (Tk - Tq))[None, :], p, 0.0)
+        dp = _dot(v, do.T, None, PRECISION, WIDEN)
+        if DROPOUT:
+            offs_m = rows + (Tk - Tq)
+            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N).T
+            dp = tl.where(keep, dp, 0.0)
+            dv = _dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, PRECISION, WIDEN)
+        else:
+            dv = _dot(p.to(do.dtype), do, dv, PRECISION, WIDEN)
+        ds = p * (dp - delta[None, :])
+        dk = _dot(ds.to(q.dtype), q, dk, PRECISION, WIDEN)
+    return dk, dv
+
+
+@jit(do_not_specialize=_UNSPECIALISED)
+def _attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr,  # (B, H, Tq or Tk, D), any strides
+    lse_ptr, delta_ptr,  # (B, H, Tq) float32
+    key_ptr,
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_dob, stride_doh, stride_dot, stride_dod,
+    stride_dkb, stride_dkh, stride_dkt, stride_dkd,
+    stride_dvb, stride_dvh, stride_dvt, stride_dvd,
+    H, Tq, Tk, qk_scale, dk_scale, keep_scale, site, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Program bh * tiles + i owns key tile i, the longest first: its dk and dv."""
+    tiles = tl.cdiv(Tk, BLOCK_N)
+    bh = tl.program_id(0) // tiles
+    start_n = tl.program_id(0) % tiles * BLOCK_N
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    mask = (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM) & (
+        (start_n + tl.arange(0, BLOCK_N))[:, None] < Tk
+    )
+
+    k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
+    q_base, do_base = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob
+    do_base += h * stride_doh
+    k = tl.load(_tile(k_base, start_n, stride_kt, stride_kd, BLOCK_N, BLOCK_D), mask, other=0.0)
+    v = tl.load(_tile(v_base, start_n, stride_vt, stride_vd, BLOCK_N, BLOCK_D), mask, other=0.0)
+    q_ptrs = _tile(q_base, start_n * 0, stride_qt, stride_qd, BLOCK_M, BLOCK_D)
+    do_ptrs = _tile(do_base, start_n * 0, stride_dot, stride_dod, BLOCK_M, BLOCK_D)
+    lse_ptr += bh.to(tl.int64) * Tq
+    delta_ptr += bh.to(tl.int64) * Tq
+    if DROPOUT:
+        seed, step, first = load_key(key_ptr, HAS_FIRST)
+        plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
+    else:
+        seed, step, plane = 0, 0, 0
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    # Queries before `low` see no key of the tile, those from `full` on all of them.
+    low = tl.maximum(start_n - (Tk - Tq), 0) // BLOCK_M * BLOCK_M
+    full = tl.maximum(start_n + BLOCK_N - 1 - (Tk - Tq), 0)
+    full = tl.minimum(tl.cdiv(full, BLOCK_M) * BLOCK_M, Tq)
+    dk, dv = _dkdv_tiles(
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, delta_ptr, stride_qt, stride_dot, low, full,
+        start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=True,
+    )  # fmt: skip
+    dk, dv = _dkdv_tiles(
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, delta_ptr, stride_qt, stride_dot, full, Tq,
+        start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=False,
+    )  # fmt: skip
+    dk_base, dv_base = dk_ptr + b * stride_dkb, dv_ptr + b * stride_dvb
+    dk_base, dv_base = dk_base + h * stride_dkh, dv_base + h * stride_dvh
+    dk_ptrs = _tile(dk_base, start_n, stride_dkt, stride_dkd, BLOCK_N, BLOCK_D)
+    dv_ptrs = _tile(dv_base, start_n, stride_dvt, stride_dvd, BLOCK_N, BLOCK_D)
+    tl.store(dk_ptrs, (dk * dk_scale).to(dk_ptr.dtype.element_ty), mask)
+    tl.store(dv_ptrs, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Block sizes and compiler options of one kernel."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    warps: int
+    stages: int
+
+
+def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bool) -> Plan:
+    """The launch plan of `kernel`, "forward", "dq" or "dkdv"."""
+    if architecture == "interpreter":
+        # Small and unlike each other, so that small tests cross every kind of block edge.
+        return Plan(16, 32, 4, 1) if kernel == "dkdv" else Plan(32, 16, 4, 1)
+    if dtype == torch.float32:
+        return Plan(32, 32, 4, 1)
+    return Plan(64, 64, 4 if D <= 64 else 8, 2)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 products are taken: PyTorch's own setting decides."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tuple[Plan, dict]:
+    """The plan of a launch and the constexpr arguments it shares with the others."""
+    D, architecture = q.shape[-1], backend.architecture(q.device)
+    blocks = blocks or plan(kernel, architecture, D, q.dtype, dropout_p > 0)
+    return blocks, {
+        "HEAD_DIM": D,
+        "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
+        "BLOCK_M": blocks.block_m,
+        "BLOCK_N": blocks.block_n,
+        "DROPOUT": dropout_threshold(dropout_p) > 0,
+        "HAS_FIRST": key is not None and key.numel() == 3,
+        "PRECISION": _precision(q.dtype),
+        "WIDEN": architecture == "interpreter" and q.dtype == torch.bfloat16,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+
+
+def forward(q, k, v, o, key, scale, dropout_p, site, blocks: Plan | None = None):
+    """Write o (B, H, Tq, D) and return lse (B, H, Tq), float32, in base 2."""
+    B, H, Tq, _ = q.shape
+    blocks, options = _options("forward", q, dropout_p, key, blocks)
+    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    backend.launch(
+        _attention_forward_kernel,
+        (B * H * -(-Tq // blocks.block_m),),
+        *(q, k, v, o, lse, lse if key is None else key),
+        *(*q.stride(), *k.stride(), *v.stride(), *o.stride()),
+        *(H, Tq, k.shape[2], scale * LOG2E, dropout_scale(dropout_p)),
+        *(site, dropout_threshold(dropout_p)),
+        **options,
+    )
+    return lse
+
+
+def backward(
+    do, q, k, v, o, lse, dq, dk, dv, key, scale, dropout_p, site,
+    dq_blocks: Plan | None = None, dkdv_blocks: Plan | None = None,
+):  # fmt: skip
+    """Write dq, dk, dv, tensors like q, k, v."""
+    B, H, Tq, _ = q.shape
+    Tk = k.shape[2]
+    keep_scale = dropout_scale(dropout_p)
+    scales = scale * LOG2E, scale * keep_scale, keep_scale
+    key = lse if key is None else key
+    delta = torch.empty_like(lse)
+    blocks, options = _options("dq", q, dropout_p, key, dq_blocks)
+    backend.launch(
+        _attention_dq_kernel,
+        (B * H * -(-Tq // blocks.block_m),),
+        *(q, k, v, o, do, dq, lse, delta, key),
+        *(*q.stride(), *k.stride(), *v.stride(), *o.stride(), *do.stride(), *dq.stride()),
+        *(H, Tq, Tk, *scales, site, dropout_threshold(dropout_p)),
+        **options,
+    )
+    blocks, options = _options("dkdv", q, dropout_p, key, dkdv_blocks)
+    backend.launch(
+        _attention_dkdv_kernel,
+        (B * H * -(-Tk // blocks.block_n),),
+        *(q, k, v, do, dk, dv, lse, delta, key),
+        *(*q.stride(), *k.stride(), *v.stride(), *do.stride(), *dk.stride(), *dv.stride()),
+        *(H, Tq, Tk, *scales, site, dropout_threshold(dropout_p)),
+        **options,
+    )
+
+
+def saved_like(q, k):
+    """An empty tensor like what `forward` returns."""
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
