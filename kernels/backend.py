@@ -44,9 +44,13 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
     return triton.jit(function, **options) if HAS_TRITON else function
 
 
+# `triton.jit` looks once, when kernels are imported; so does this, and torch.compile can read it.
+_INTERPRETING = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+
+
 def interpreting() -> bool:
     """True when Triton executes kernels on the CPU (TRITON_INTERPRET=1)."""
-    return HAS_TRITON and bool(triton.knobs.runtime.interpret)
+    return _INTERPRETING
 
 
 def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
