@@ -1,0 +1,137 @@
+"""python -m bench: ask one question, several or all; `report`, `predict` and `selfcheck` too."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptcore.config import ConfigError, Parser, run_command
+
+QUESTIONS = {  # name -> share of the time that all of them get
+    "attention": 70,
+    "layer_norm": 30,
+    "mlp": 25,
+    "cross_entropy": 25,
+    "embedding": 10,
+    "step": 60,
+    "generate": 15,
+    "memory": 10,
+    "scaling": 25,
+    "time_to_loss": 30,
+}
+TASKS = {
+    "report": "turn the JSON files of a folder into RESULTS.md with plots",
+    "predict": "step time, tokens/s and memory of a model on a GPU, term by term",
+    "selfcheck": "show on this machine that the harness reports what is so",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_SECONDS, QUICK_SECONDS = 300, 60
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 good, 1 a check failed, 2 bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _main(argv))
+
+
+def _parser() -> Parser:
+    from argparse import SUPPRESS, RawDescriptionHelpFormatter
+
+    parser = Parser(
+        prog="python -m bench",
+        description="How fast is it, against whom, how far from the limit?",
+        formatter_class=RawDescriptionHelpFormatter,
+        argument_default=SUPPRESS,
+        epilog="questions: all, "
+        + ", ".join(QUESTIONS)
+        + "\ntasks:\n"
+        + "\n".join(f"  {name:10} {what}" for name, what in TASKS.items()),
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="questions, or one task; default all")
+    add("--quick", action="store_true", help="about a minute: fewer shapes, no compiled peers")
+    add("--full", action="store_true", help="every shape, as long as it takes")
+    add("--seconds", type=float, metavar="S", help=f"time for everything [{DEFAULT_SECONDS}]")
+    add("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ... [auto]")
+    add("--dtype", metavar="T", help=f"{', '.join(DTYPES)} [bfloat16 on a GPU, else float32]")
+    add("--json", metavar="FILE", help="write the record, raw samples included")
+    add("--plot", metavar="DIR", help="write plots")
+    add("--peers", nargs="+", metavar="P", help="all, none, or some; an unknown one lists them")
+    add("--nanogpt", metavar="DIR", help="a checkout of nanoGPT, to compete with")
+    group = parser.add_argument_group("time_to_loss")
+    group.add_argument("--preset", metavar="P", help="recipe [speedrun on a GPU, cpu without]")
+    group.add_argument("--target", type=float, metavar="L", help="exact validation loss to reach")
+    group.add_argument("--seeds", type=int, metavar="N", help="runs [1]")
+    group.add_argument("--data", metavar="TEXT", help="as train.py's [auto]")
+    group = parser.add_argument_group("predict")
+    group.add_argument("--gpu", metavar="G", help="h100, h200, a100, b200, mi300x, ... [h100]")
+    group.add_argument("--model", metavar="M", help="a preset of train.py [gpt2-124m]")
+    group.add_argument("--gpus", type=int, metavar="N", help="data-parallel GPUs [1]")
+    group = parser.add_argument_group("report, predict")
+    group.add_argument("--results", metavar="DIR", help="folder of JSON files [bench/results]")
+    return parser
+
+
+def _one_of(what: str, word: str, known) -> str:
+    if word not in known:
+        raise ConfigError(f"unknown {what} {word!r}; known: {', '.join(known)}")
+    return word
+
+
+def _folder(flag: str, path: str, must_hold: str | None = None) -> Path:
+    folder = Path(path)
+    if must_hold is not None and not (folder / must_hold).is_file():
+        raise ConfigError(f"{flag} must be a folder with {must_hold}; got {path}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{flag} must be a folder; got {path}")
+    return folder
+
+
+def _main(argv: list[str]) -> int:
+    given = vars(_parser().parse_args(argv))
+    names = given.get("names") or ["all"]
+    for name in names:
+        _one_of("benchmark", name, ("all", *QUESTIONS, *TASKS))
+    task = next((name for name in names if name in TASKS), None)
+    if task is not None and len(names) > 1:
+        raise ConfigError(f"{task} stands alone; got {' '.join(names)}")
+    if given.get("quick") and given.get("full"):
+        raise ConfigError("--quick and --full exclude each other")
+    for flag in ("seconds", "seeds", "gpus"):
+        if given.get(flag, 1) <= 0:
+            raise ConfigError(f"--{flag} must be above 0; got {given[flag]:g}")
+    if "dtype" in given:
+        _one_of("dtype", given["dtype"], DTYPES)
+    if task == "report":
+        from bench.report import report
+
+        return report(_folder("--results", given.get("results", str(_results()))))
+    if task == "predict":
+        from bench.predict import predict
+
+        return predict(
+            gpu=given.get("gpu", "h100"),
+            model=given.get("model", "gpt2-124m"),
+            gpus=given.get("gpus", 1),
+            results=_folder("--results", given.get("results", str(_results()))),
+        )
+    chosen = list(QUESTIONS) if "all" in names else list(dict.fromkeys(names))
+    for flag in ("json", "plot"):
+        if flag in given:
+            _folder(f"--{flag}", given[flag]) if flag == "plot" else _file(given["json"])
+    nanogpt = _folder("--nanogpt", given["nanogpt"], "model.py") if "nanogpt" in given else None
+    from bench.run import run
+
+    return run(argv, given, chosen, nanogpt, selfcheck=task == "selfcheck")
+
+
+def _file(path: str) -> None:
+    if Path(path).is_dir():
+        raise ConfigError(f"--json must be a file; got the folder {path}")
+
+
+def _results() -> Path:
+    return Path(__file__).resolve().parent / "results"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""From a question to a record: build contestants, check them, time them in turns, compare.
+
+A question is a module with QUESTION, METHOD and FORMULA (what it asks, how, and what a rate
+counts) and `cases(options) -> list[Case]`. A case is cheap until it is opened, so that listing
+them allocates nothing. Nothing that fails its check is timed; it is reported instead.
+
+Speed is given against `OURS`: ratio > 1 means that a peer takes longer.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.timing import Call, Stopwatch, measure, paired_ratio, summarise
+from kernels.verify import Comparison, compare
+
+OURS = "gptcore"
+PEER_RATIO = 8.0  # a peer's error against plain PyTorch's, at most; ours must obey the 2x rule
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Skip(Exception):
+    """A contestant cannot run here; the message says why, in words for the table."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float
+    quick: bool = False
+    full: bool = False
+    peers: tuple[str, ...] | None = None  # None: those worth their time on this device
+    nanogpt: Path | None = None
+    target: float | None = None
+    seeds: int = 1
+    preset: str | None = None
+    data: str = "auto"
+
+    def wants(self, peer: str) -> bool:
+        """Whether `peer`, or the family before its dash, was asked for (or nothing was)."""
+        return self.peers is None or any(
+            peer == name or peer.startswith(name + "-") for name in self.peers
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must be computed and moved, whoever does it."""
+
+    flops: float
+    bytes: float
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a contestant computes what it should, and in a word how well."""
+
+    passed: bool
+    text: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do the work.
+
+    `start()` returns the call to be timed; it and `check()` raise Skip where they cannot run.
+    """
+
+    name: str
+    start: Callable[[], Call]
+    check: Callable[[], Check]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape in one direction: who competes, and for how much work.
+
+    Args:
+        shape: axis name -> size; plots draw time against the axes that `sweeps` names.
+        unit: "TFLOP/s", "GB/s" or "tokens/s".
+        quick: part of --quick; full: part of --full only.
+        flush: False where a call passes the caches many times over.
+    """
+
+    name: str
+    shape: dict[str, Any]
+    dtype: str
+    work: Work
+    unit: str
+    open: Callable[[], Iterable[Contestant]]
+    phase: str = ""
+    sweeps: tuple[str, ...] = ()
+    quick: bool = False
+    full: bool = False
+    flush: bool = True
+
+
+@dataclass
+class Bound:
+    """An op bound to its inputs: what to call, and the leaves whose gradients are wanted."""
+
+    forward: Callable[[], Any]
+    leaves: Tensors
+    tensors: Callable[[], Tensors] | None = None  # more to check, e.g. repacked gradients
+
+
+def named_results(bound: Bound, gradients: list[torch.Tensor]) -> Tensors:
+    """Outputs o0, o1, ... and gradients dNAME of a bound op."""
+    outputs = as_tuple(bound.forward())
+    results = {f"o{i}": o.detach() for i, o in enumerate(outputs)}
+    leaves = list(bound.leaves.values())
+    if leaves:
+        gradients = torch.autograd.grad(outputs, leaves, gradients)
+        results |= {f"d{n}": g for n, g in zip(bound.leaves, gradients, strict=True)}
+    return results
+
+
+def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
+    """One output or several, as several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def timed_call(bound: Bound, gradients: list[torch.Tensor], phase: str) -> Call:
+    """The call of one phase: "forward" keeps nothing, "forward+backward" takes gradients."""
+    if phase == "forward":
+
+        def call():
+            with torch.no_grad():
+                bound.forward()
+    else:
+        leaves = list(bound.leaves.values())
+
+        def call():
+            torch.autograd.grad(as_tuple(bound.forward()), leaves, gradients)
+
+    return call
+
+
+def check_tensors(actual: Tensors, plain: Tensors, exact: Tensors, *, ours: bool) -> Check:
+    """Hold results against float64, plain PyTorch of the same dtype setting the measure.
+
+    Only names that all three have are compared: a peer may keep its weights in another layout.
+    """
+    names = [name for name in exact if name in actual]
+    comparisons = [
+        compare(name, actual[name].to(plain[name].dtype), plain[name], exact[name])
+        for name in names
+    ]
+    allowed = [c.passed if ours else _within(c, PEER_RATIO) for c in comparisons]
+    worst = max(
+        max(c.error_rms / max(c.plain_rms, c.tiny_rms), c.error_max / max(c.plain_max, c.tiny_max))
+        for c in comparisons
+    )
+    failed = tuple(str(c) for c, ok in zip(comparisons, allowed, strict=True) if not ok)
+    return Check(not failed, f"{worst:.2g}x plain", failed)
+
+
+def _within(c: Comparison, ratio: float) -> bool:
+    return c.error_max <= ratio * (c.plain_max + c.tiny_max) and c.error_rms <= ratio * (
+        c.plain_rms + c.tiny_rms
+    )
+
+
+def run_case(
+    case: Case, options: Options, stopwatch: Stopwatch, ceilings: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """Check and time one case; its record holds every contestant, timed or not."""
+    results: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Call] = {}
+    for contestant in case.open():
+        result: dict[str, Any] = {"name": contestant.name}
+        results[contestant.name] = result
+        try:
+            check = contestant.check()
+            result["check"] = {"passed": check.passed, "text": check.text}
+            if not check.passed:
+                result |= {"status": "failed", "reason": "; ".join(check.details) or check.text}
+                continue
+            call = contestant.start()
+            call()
+        except Skip as reason:
+            result |= {"status": "skipped", "reason": str(reason)}
+        except torch.OutOfMemoryError:
+            result |= {"status": "skipped", "reason": "out of memory"}
+        except Exception as error:  # a broken peer is a result, not the end of the benchmark
+            result |= {"status": "failed", "reason": first_line(error)}
+        else:
+            calls[contestant.name] = call
+    record = {
+        "case": case.name,
+        "phase": case.phase,
+        "dtype": case.dtype,
+        "shape": case.shape,
+        "sweeps": list(case.sweeps),
+        "unit": case.unit,
+        "work": {"flops": case.work.flops, "bytes": case.work.bytes, "tokens": case.work.tokens},
+        **limit(case.work, ceilings),
+        "results": list(results.values()),
+    }
+    if not calls:
+        return record
+    rounds = 8 if options.quick else 50
+    samples = measure(calls, stopwatch, seconds=seconds, max_rounds=rounds, flush=case.flush)
+    record |= {"calls_per_sample": samples.calls, "cold": samples.cold}
+    for name, ms in samples.ms.items():
+        summary = summarise(ms)
+        result = results[name]
+        result |= {
+            "status": "timed",
+            "median_ms": summary.median,
+            "q25_ms": summary.q25,
+            "q75_ms": summary.q75,
+            "rate": rate(case, summary.median),
+            "percent_of_limit": 100 * record["limit_ms"] / summary.median,
+        }
+        if OURS in samples.ms:
+            ratio = paired_ratio(ms, samples.ms[OURS])
+            result |= {"ratio": ratio.median, "ratio_q25": ratio.q25, "ratio_q75": ratio.q75}
+        result["samples_ms"] = ms
+    return record
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"[:200]
+
+
+def limit(work: Work, ceilings: dict[str, float]) -> dict[str, Any]:
+    """The least time the measured rates allow for this work, and which of them sets it."""
+    compute_ms = work.flops / ceilings["matmul_tflops"] / 1e9
+    memory_ms = work.bytes / ceilings["copy_gbps"] / 1e6
+    bound = "compute" if compute_ms > memory_ms else "memory"
+    return {"limit_ms": max(compute_ms, memory_ms), "bound": bound}
+
+
+def rate(case: Case, ms: float) -> float:
+    """What was done a second, in the unit of the case."""
+    amount = {
+        "TFLOP/s": case.work.flops / 1e12,
+        "GB/s": case.work.bytes / 1e9,
+        "tokens/s": case.work.tokens,
+    }[case.unit]
+    return amount / ms * 1e3
+
+
+@dataclass
+class Budget:
+    """Seconds shared out over what is still to come."""
+
+    seconds: float
+    clock: Callable[[], float] = time.perf_counter
+    started: float = field(init=False)
+
+    def __post_init__(self):
+        self.started = self.clock()
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end, below zero once it is past."""
+        return self.seconds - (self.clock() - self.started)
+
+
+def run_cases(
+    cases: list[Case],
+    options: Options,
+    stopwatch: Stopwatch,
+    ceilings: dict[str, float],
+    show: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Run cases in their order until the time is up; those left out are named, never dropped."""
+    wanted = [
+        case for case in cases if options.full or (case.quick if options.quick else not case.full)
+    ]
+    budget = Budget(float("inf") if options.full else options.seconds)
+    records, left_out = [], []
+    for number, case in enumerate(wanted):
+        if records and budget.left <= 0:
+            left_out.append(case.name)
+            continue
+        share = 20.0 if options.full else max(budget.left, 0) / (len(wanted) - number) / 2
+        records.append(run_case(case, options, stopwatch, ceilings, min(share, 20.0)))
+        show(records[-1])
+        gc.collect()
+        torch.compiler.reset()
+    return {"cases": records, "left_out": left_out}

@@ -1,0 +1,74 @@
+"""Linear layer, bias and activation in one: does the activation come for free?
+
+Question
+    How near is act(x W^T + b) to the bare matrix product, and how does it grow with C and rows?
+Method
+    x (B, T, C), W (4C, C). "product" is the linear layer without an activation: nobody can be
+    expected to be much faster, so it is listed as a bound, not as a peer that computes the op.
+Formula
+    FLOPs 2 B T C 4C forward, three times that with a backward. bytes: x, W, y forward; x, W, y,
+    dy, dx, dW backward.
+"""
+
+import functools
+
+import torch.nn.functional as F
+
+from bench.harness import Case, Options, Work
+from bench.ops import PHASES, TRAINING, Op, op_case, random_normal, sweep_points
+from kernels import linear_act
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": functools.partial(F.gelu, approximate="tanh"),
+    "relu2": lambda y: F.relu(y).square(),
+}
+
+
+def mlp_work(B, T, C, itemsize: int, phase: str) -> Work:
+    """FLOPs and bytes."""
+    rows, width = B * T, 4 * C
+    product, tensors = 2 * rows * C * width, rows * C + width * C + rows * width
+    if phase == TRAINING:
+        return Work(3 * product, 3 * tensors * itemsize, rows)
+    return Work(product, tensors * itemsize, rows)
+
+
+def cases(options: Options) -> list[Case]:
+    """The notebook's shape first, then sweeps over C and B."""
+    cuda = options.device.type == "cuda"
+
+    def case(activation, B, T, C, phase=TRAINING, **rest):
+        def inputs(generator):
+            draw = functools.partial(random_normal, generator, dtype=options.dtype)
+            return {
+                "x": draw(B, T, C),
+                "weight": draw(4 * C, C, scale=C**-0.5),
+                "bias": draw(4 * C, scale=0.1),
+            }
+
+        def plain(x, p, key):
+            return ACTIVATIONS[activation](F.linear(x["x"], x["weight"], x["bias"]))
+
+        def ours(x, p, key):
+            return linear_act(x["x"], x["weight"], x["bias"], activation=activation)
+
+        return op_case(
+            Op(inputs, plain, ours, {}),
+            options,
+            f"{activation} B{B}-T{T}-C{C}",
+            phase,
+            mlp_work(B, T, C, options.dtype.itemsize, phase),
+            "TFLOP/s",
+            shape={"B": B, "T": T, "C": C, "kind": activation},
+            **rest,
+        )
+
+    B0 = 64 if cuda else 16
+    Cs = (64, 128, 256, 384, 768) + ((1536, 3072) if cuda else ())
+    found = [case("relu", B0, 256, 384, phase, quick=True) for phase in PHASES]
+    found += [case("gelu", B0, 256, 384, phase, quick=phase == TRAINING) for phase in PHASES]
+    found += [case("relu2", B0, 256, 384)]
+    for axes, point in sweep_points({"C": Cs, "B": (1, 4, 16, 64)}, B=4, T=256, C=384):
+        found.append(case("relu", **point, sweeps=axes, full=not cuda and point["B"] > 16))
+    return found

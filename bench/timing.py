@@ -1,0 +1,204 @@
+"""Timing that can be believed: interleaved samples, medians with their spread, measured ceilings.
+
+Method
+    All contestants of a case take turns, one sample each a round, and the order turns too, so
+    that a clock that drifts, a neighbour that wakes up and a chip that warms up meet all of them
+    alike. A ratio is the median of the ratios within rounds, not the ratio of two medians.
+    On CUDA a sample lies between two events; the L2 is overwritten before it, and that write
+    keeps the GPU busy while Python issues the call. On the CPU the caches are overwritten before
+    each sample, unless the fastest contestant takes less than SHORT seconds: then every sample is
+    many calls in a row on warm caches, because a clock cannot see one.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SHORT = 2e-4  # seconds; below it a CPU sample holds several calls
+SAMPLE = 1e-3  # seconds such a sample lasts at least
+MIN_ROUNDS = 5
+
+Call = Callable[[], object]
+
+
+class Stopwatch:
+    """Times calls on one device.
+
+    Args:
+        device: where the calls compute.
+        clock: seconds, rising; used on the CPU. Tests give their own.
+        cache_bytes: overwritten before a cold sample; default twice the last-level cache.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+        cache_bytes: int | None = None,
+    ):
+        self.device, self.clock = device, clock
+        size = 2 * last_level_cache(device) if cache_bytes is None else cache_bytes
+        self._cache = torch.empty(size // 4, dtype=torch.int32, device=device)
+
+    def flush(self) -> None:
+        """Overwrite the last-level cache."""
+        self._cache.zero_()
+
+    def once(self, call: Call) -> float:
+        """Seconds of one call, synchronised before and after."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = self.clock()
+        call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock() - start
+
+    def sample(self, call: Call, calls: int = 1, cold: bool = True) -> float:
+        """Milliseconds per call over `calls` calls in a row."""
+        if isinstance(call, SelfTimed):
+            return call()
+        if cold:
+            self.flush()
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / calls
+        start = self.clock()
+        for _ in range(calls):
+            call()
+        return (self.clock() - start) * 1e3 / calls
+
+
+class SelfTimed:
+    """A call that does its own timing, in a process of its own, and returns milliseconds."""
+
+    def __init__(self, call: Callable[[], float]):
+        self._call = call
+
+    def __call__(self) -> float:
+        return self._call()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `measure` saw: milliseconds of each contestant, round by round."""
+
+    ms: dict[str, list[float]]
+    calls: int  # per sample
+    cold: bool
+
+
+def measure(
+    contestants: Mapping[str, Call],
+    stopwatch: Stopwatch,
+    *,
+    seconds: float,
+    max_rounds: int = 50,
+    flush: bool = True,
+) -> Samples:
+    """Time contestants in turns.
+
+    Args:
+        contestants: by name; at least one. They run once to warm up before they come here.
+        seconds: how long to go on, but never less than MIN_ROUNDS rounds.
+        flush: False where the work itself passes the caches many times over.
+    """
+    once = {name: min(stopwatch.once(call) for _ in range(2)) for name, call in contestants.items()}
+    calls, cold = 1, flush
+    fastest = min(once.values())
+    if stopwatch.device.type == "cpu" and fastest < SHORT:
+        calls, cold = max(1, math.ceil(SAMPLE / max(fastest, 1e-7))), False
+    round_seconds = sum(once.values()) * calls
+    if cold:
+        round_seconds += len(contestants) * stopwatch.once(stopwatch.flush)
+    rounds = max(MIN_ROUNDS, min(max_rounds, int(seconds / max(round_seconds, 1e-9))))
+    names = list(contestants)
+    ms: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                ms[name].append(stopwatch.sample(contestants[name], calls, cold))
+    finally:
+        gc.enable()
+    return Samples(ms, calls, cold)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and quartiles of some samples."""
+
+    median: float
+    q25: float
+    q75: float
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range: half of all samples lie within it."""
+        return self.q75 - self.q25
+
+
+def summarise(samples: list[float]) -> Summary:
+    """Median and quartiles; a single sample has no spread."""
+    if len(samples) == 1:
+        return Summary(samples[0], samples[0], samples[0])
+    q25, median, q75 = statistics.quantiles(samples, n=4, method="inclusive")
+    return Summary(median, q25, q75)
+
+
+def paired_ratio(samples: list[float], base: list[float]) -> Summary:
+    """samples / base, round by round: how many times longer the first took."""
+    return summarise([a / b for a, b in zip(samples, base, strict=True)])
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the L2 of a GPU or the largest cache of a CPU; 32 MiB where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [
+        int(text[:-1]) * units[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text().strip())[-1:] in units
+    ]
+    return max(sizes, default=32 << 20)
+
+
+def ceilings(stopwatch: Stopwatch, dtype: torch.dtype, *, samples: int = 7) -> dict[str, float]:
+    """What this machine does right now at its best, to hold every other rate against.
+
+    Returns: copy_gbps (bytes read plus written by a copy past the caches), matmul_tflops (a
+    square product in `dtype`), dispatch_us (one call on a tensor of one element).
+    """
+    device = stopwatch.device
+    cuda = device.type == "cuda"
+    size = max(256 << 20 if cuda else 32 << 20, 2 * last_level_cache(device))
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+    n = 8192 if cuda else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    one = torch.zeros(1, device=device)
+
+    def median(call: Call, calls: int = 1) -> float:
+        call()
+        return summarise([stopwatch.sample(call, calls, cold=False) for _ in range(samples)]).median
+
+    return {
+        "copy_gbps": 2 * size / median(lambda: target.copy_(source)) / 1e6,
+        "matmul_tflops": 2 * n**3 / median(lambda: torch.mm(a, b, out=product)) / 1e9,
+        "dispatch_us": 1e3 * median(lambda: one.add_(1), calls=1000),
+    }

@@ -1,0 +1,292 @@
+"""Cases, checks and records: what is wrong is not timed, what is absent says why."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench import record as recording
+from bench import render
+from bench.harness import (
+    OURS,
+    Case,
+    Check,
+    Contestant,
+    Options,
+    Skip,
+    Work,
+    check_tensors,
+    limit,
+    run_case,
+    run_cases,
+)
+from bench.ops import FORWARD, TRAINING, Op, op_case, sweep_points
+from bench.timing import Stopwatch
+
+CPU = torch.device("cpu")
+CEILINGS = {"copy_gbps": 10.0, "matmul_tflops": 0.1, "dispatch_us": 5.0}
+OPTIONS = Options(device=CPU, dtype=torch.float32, seconds=1.0, quick=True)
+
+
+def a_case(*contestants, **changes):
+    case = Case(
+        name="case",
+        shape={"T": 8},
+        dtype="float32",
+        work=Work(flops=2e6, bytes=1e6, tokens=8),
+        unit="GB/s",
+        open=lambda: contestants,
+        quick=True,
+    )
+    return dataclasses.replace(case, **changes)
+
+
+def contestant(name, call=lambda: None, check=lambda: Check(True, "1x plain")):
+    return Contestant(name, start=lambda: call, check=check)
+
+
+def run(case, options=OPTIONS):
+    watch = Stopwatch(CPU, cache_bytes=0)
+    record = run_case(case, options, watch, CEILINGS, seconds=0.0)
+    return record, {result["name"]: result for result in record["results"]}
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_what_fails_its_check_is_reported_and_never_called():
+    called = []
+    wrong = contestant(
+        "wrong", lambda: called.append(1), lambda: Check(False, "900x plain", ("o0: max 1",))
+    )
+    _, results = run(a_case(contestant(OURS), wrong))
+    assert results["wrong"]["status"] == "failed" and "o0: max 1" in results["wrong"]["reason"]
+    assert "median_ms" not in results["wrong"] and not called
+    assert results[OURS]["status"] == "timed"
+
+
+def test_absent_and_broken_peers_say_why_and_stop_nobody():
+    peers = [
+        Contestant("absent", start=raising(Skip("not installed")), check=lambda: Check(True, "")),
+        contestant("broken", raising(RuntimeError("no\nsecond line"))),
+        contestant("large", raising(torch.OutOfMemoryError("..."))),
+    ]
+    record, results = run(a_case(*peers, contestant(OURS)))
+    assert results["absent"] | {"check": None} == {
+        "name": "absent",
+        "status": "skipped",
+        "reason": "not installed",
+        "check": None,
+    }
+    assert results["broken"]["reason"] == "RuntimeError: no"
+    assert results["large"] | {"check": None} == {
+        "name": "large",
+        "status": "skipped",
+        "reason": "out of memory",
+        "check": None,
+    }
+    text = render.case_text(record)
+    assert "absent skipped: not installed" in text and "broken failed: RuntimeError: no" in text
+
+
+def test_a_record_says_rate_limit_and_ratio():
+    record, results = run(a_case(contestant(OURS), contestant("peer")))
+    assert record["limit_ms"] == pytest.approx(0.1) and record["bound"] == "memory"
+    ours = results[OURS]
+    assert ours["rate"] == pytest.approx(1e6 / 1e9 / (ours["median_ms"] / 1e3))
+    assert ours["percent_of_limit"] == pytest.approx(100 * 0.1 / ours["median_ms"])
+    assert ours["ratio"] == 1.0 and len(ours["samples_ms"]) == len(results["peer"]["samples_ms"])
+
+
+def test_the_limit_is_the_slower_of_memory_and_compute():
+    assert limit(Work(1e9, 1e6), CEILINGS) == {"limit_ms": 10.0, "bound": "compute"}
+    assert limit(Work(1e6, 1e9), CEILINGS) == {"limit_ms": 100.0, "bound": "memory"}
+
+
+def test_cases_left_out_for_time_are_named():
+    cases = [a_case(contestant(OURS), name=name) for name in "abc"]
+    content = run_cases(
+        cases,
+        dataclasses.replace(OPTIONS, seconds=0.0),
+        Stopwatch(CPU, cache_bytes=0),
+        CEILINGS,
+        show=lambda case: None,
+    )
+    assert [case["case"] for case in content["cases"]] == ["a"]
+    assert content["left_out"] == ["b", "c"]
+
+
+def test_quick_default_and_full_choose_their_cases():
+    cases = [
+        a_case(contestant(OURS), name="quick"),
+        a_case(contestant(OURS), name="default", quick=False),
+        a_case(contestant(OURS), name="full", quick=False, full=True),
+    ]
+
+    def names(**changes):
+        options = dataclasses.replace(OPTIONS, quick=False, seconds=60.0, **changes)
+        watch = Stopwatch(CPU, cache_bytes=0)
+        content = run_cases(cases, options, watch, CEILINGS, show=lambda case: None)
+        return [case["case"] for case in content["cases"]]
+
+    assert names(full=True) == ["quick", "default", "full"]
+    assert names() == ["quick", "default"]
+
+
+# ---- ops -------------------------------------------------------------------------------------
+
+
+def square_op(ours, peers=None, p=0.0):
+    def plain(x, p, key):
+        return x["x"] ** 2 * x["w"]
+
+    def inputs(generator):
+        return {
+            "x": torch.randn(8, 16, generator=generator),
+            "w": torch.randn(16, generator=generator),
+        }
+
+    return Op(inputs, plain, ours, peers or {}, p)
+
+
+def run_op(op, phase=TRAINING):
+    options = dataclasses.replace(OPTIONS, peers=("eager", "naive", "sdpa"))
+    case = op_case(op, options, "op", phase, Work(1, 1), "GB/s", shape={"T": 8}, quick=True)
+    return run(case, options)[1]
+
+
+def right(x, p, key):
+    return x["x"] * x["x"] * x["w"]
+
+
+@pytest.mark.parametrize("phase", [FORWARD, TRAINING])
+def test_a_right_op_is_timed(phase):
+    results = run_op(square_op(right), phase)
+    assert results[OURS]["status"] == results["eager"]["status"] == "timed"
+
+
+class WrongGradient(torch.autograd.Function):
+    """x * x * w with the gradient of x missing its factor of two."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * x * w
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return dy * x * w, (dy * x * x).sum(0)
+
+
+DAMAGED = {
+    "value": lambda x, p, key: right(x, p, key) * (1 + 1e-4),
+    "one element": lambda x, p, key: right(x, p, key) + 1e-3 * (torch.arange(16) == 5),
+    "nan": lambda x, p, key: right(x, p, key) * float("nan"),
+    "gradient": lambda x, p, key: WrongGradient.apply(x["x"], x["w"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_op_is_not_timed(damage):
+    result = run_op(square_op(DAMAGED[damage]))[OURS]
+    assert result["status"] == "failed" and "median_ms" not in result
+
+
+@pytest.mark.parametrize("damage", ["value", "nan", "gradient"])
+def test_a_damaged_peer_is_not_timed(damage):
+    peer = {"naive": lambda x, p: DAMAGED[damage](x, p, None)}
+    result = run_op(square_op(right, peer))["naive"]
+    assert result["status"] == "failed"
+
+
+def test_dropout_masks_of_ours_are_checked():
+    from bench.layer_norm import our_add, plain_add
+
+    def inputs(generator):
+        draw = {"generator": generator}
+        rows = {name: torch.randn(2, 3, 16, **draw) for name in ("x", "residual")}
+        return rows | {"weight": torch.ones(16), "bias": torch.zeros(16)}
+
+    def other_mask(x, p, key):
+        return our_add(x, p, key + torch.tensor([0, 1, 0]))
+
+    assert run_op(Op(inputs, plain_add, our_add, {}, 0.5))[OURS]["status"] == "timed"
+    assert run_op(Op(inputs, plain_add, other_mask, {}, 0.5))[OURS]["status"] == "failed"
+
+
+def test_a_peer_with_its_own_weights_is_compared_where_names_agree():
+    exact = {"o0": torch.ones(20, dtype=torch.float64), "dw": torch.ones(3, dtype=torch.float64)}
+    plain = {name: tensor.float() for name, tensor in exact.items()}
+    check = check_tensors({"o0": torch.ones(20), "dother": None}, plain, exact, ours=False)
+    assert check.passed
+
+
+def test_sweeps_share_the_point_in_their_middle():
+    points = sweep_points({"T": (1, 2), "B": (4, 8)}, B=4, T=2)
+    assert points == [
+        (("T",), {"B": 4, "T": 1}),
+        (("T", "B"), {"B": 4, "T": 2}),
+        (("B",), {"B": 8, "T": 2}),
+    ]
+
+
+# ---- records and tables ----------------------------------------------------------------------
+
+
+def test_a_record_survives_writing_and_reading(tmp_path):
+    record = recording.new(["step", "--quick"], CPU)
+    case, _ = run(a_case(contestant(OURS), contestant("peer"), sweeps=("T",)))
+    record["questions"]["step"] = {"cases": [case], "left_out": [], "ceilings": CEILINGS}
+    path = tmp_path / "deep" / "record.json"
+    recording.write(record, path)
+    again = recording.read(path)
+    assert again["command"] == "python -m bench step --quick"
+    assert {"device", "versions", "cpu", "threads"} <= set(again["environment"])
+    assert {"revision", "dirty"} == set(again["git"]) and again["date"].endswith("+00:00")
+    samples = again["questions"]["step"]["cases"][0]["results"][0]["samples_ms"]
+    wanted = case["results"][0]["samples_ms"]
+    assert samples == pytest.approx(wanted, rel=1e-5)
+    assert render.case_text(again["questions"]["step"]["cases"][0]) == render.case_text(case)
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_command_line_names_no_folder_of_this_machine():
+    words = ["step", "--nanogpt", "/home/someone/nanoGPT", "--json=/tmp/x/out.json", "--plot", "p"]
+    wanted = "python -m bench step --nanogpt nanoGPT --json=out.json --plot p"
+    assert recording.command_line(words) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', "{"])
+def test_other_files_are_no_records(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="must be"):
+        recording.read(path)
+
+
+def test_growth_says_whether_cost_grows_as_it_should():
+    def point(T, ms):
+        result = {"name": OURS, "status": "timed", "median_ms": ms}
+        return {
+            "sweeps": ["T"],
+            "shape": {"T": T, "kind": "core", "p": 0.0},
+            "phase": FORWARD,
+            "limit_ms": T * T / 1e4,
+            "results": [result],
+        }
+
+    text = render.growth_text([point(512, 3.0), point(256, 1.0)], OURS)
+    assert text == "core forward: T 256 -> 512 (x2): time x3.00, least time x4.00"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1234.5, "1,234"), (12.345, "12.3"), (0.012345, "0.0123"), (9.999, "10.00")],
+)
+def test_quantities_have_three_digits(value, text):
+    assert render.quantity(value) == text

@@ -1,0 +1,180 @@
+"""The harness is honest: known slowness is reported as it is, whatever the machine does."""
+
+import itertools
+
+import pytest
+import torch
+
+from bench.selfcheck import agree, repeated, slowed
+from bench.timing import MIN_ROUNDS, SelfTimed, Stopwatch, Summary, measure, paired_ratio, summarise
+
+CPU = torch.device("cpu")
+
+
+class Machine:
+    """A machine whose every second is known: work takes time only through `busy`.
+
+    speed: seconds that one unit of work takes, as a function of the time of day.
+    """
+
+    def __init__(self, speed=lambda now: 1.0):
+        self.now, self.speed = 0.0, speed
+        self.log = []
+
+    def clock(self):
+        return self.now
+
+    def work(self, name, units, noise=None):
+        def call():
+            self.log.append(name)
+            self.now += units * self.speed(self.now) * (next(noise) if noise else 1.0)
+
+        return call
+
+
+def stopwatch(machine):
+    return Stopwatch(CPU, clock=machine.clock, cache_bytes=0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.0, 7.0])
+def test_an_op_slowed_by_a_factor_is_reported_slower_by_that_factor(factor):
+    machine = Machine()
+    calls = {"op": machine.work("op", 0.01), "slowed": machine.work("slowed", 0.01 * factor)}
+    ms = measure(calls, stopwatch(machine), seconds=1.0).ms
+    assert summarise(ms["op"]).median == pytest.approx(10)
+    assert paired_ratio(ms["slowed"], ms["op"]).median == pytest.approx(factor)
+
+
+def test_repeating_the_work_slows_it_by_the_number_of_repeats():
+    machine = Machine()
+    op = machine.work("op", 0.01)
+    ms = measure({"op": op, "thrice": repeated(op, 3)}, stopwatch(machine), seconds=1.0).ms
+    assert paired_ratio(ms["thrice"], ms["op"]).median == pytest.approx(3)
+
+
+def drifting(now):
+    """A machine that gets three times slower over the measurement."""
+    return 1 + now / 2
+
+
+def test_a_drifting_machine_does_not_change_the_ratio():
+    machine = Machine(drifting)
+    calls = {"op": machine.work("op", 0.01), "slowed": machine.work("slowed", 0.02)}
+    ms = measure(calls, stopwatch(machine), seconds=2.0, max_rounds=100).ms
+    assert ms["op"][-1] > 1.5 * ms["op"][0]  # it did drift
+    assert paired_ratio(ms["slowed"], ms["op"]).median == pytest.approx(2, rel=0.02)
+
+
+def test_one_contestant_after_the_other_would_be_wrong_on_that_machine():
+    machine = Machine(drifting)
+    first, second = (
+        measure({name: machine.work(name, units)}, stopwatch(machine), seconds=1.0).ms[name]
+        for name, units in (("op", 0.01), ("slowed", 0.02))
+    )
+    ratio = summarise(second).median / summarise(first).median
+    assert abs(ratio / 2 - 1) > 0.1
+
+
+def test_a_neighbour_that_wakes_up_now_and_then_moves_no_median():
+    machine = Machine()
+    disturbed = itertools.cycle([1, 1, 1, 9])
+    calls = {
+        "op": machine.work("op", 0.01, disturbed),
+        "slowed": machine.work("slowed", 0.02, itertools.cycle([1, 1, 1, 1, 9])),
+    }
+    ms = measure(calls, stopwatch(machine), seconds=2.0).ms
+    assert paired_ratio(ms["slowed"], ms["op"]).median == pytest.approx(2)
+    assert summarise(ms["op"]).spread > 0
+
+
+def test_two_runs_of_one_op_differ_by_less_than_the_spread_they_report():
+    generator = torch.Generator().manual_seed(0)
+
+    def noise():
+        while True:
+            yield 1 + 0.1 * torch.rand((), generator=generator).item()
+
+    machine = Machine()
+    op = machine.work("op", 0.01, noise())
+    first, second = (
+        summarise(measure({"op": op}, stopwatch(machine), seconds=1.0).ms["op"]) for _ in range(2)
+    )
+    assert agree(first, second) == "good"
+    assert agree(first, Summary(first.median * 1.2, first.q25 * 1.2, first.q75 * 1.2)) == "WRONG"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (Summary(2.04, 2.0, 2.1), "good"),
+        (Summary(2.2, 1.99, 2.3), "good"),
+        (Summary(2.2, 2.15, 2.25), "WRONG"),
+        (Summary(3.0, 1.0, 9.0), "noisy"),
+    ],
+)
+def test_selfcheck_tells_right_from_wrong_from_noisy(ratio, verdict):
+    assert slowed(ratio, 2) == verdict
+
+
+def test_contestants_take_turns_and_the_order_turns_too():
+    machine = Machine()
+    calls = {name: machine.work(name, 0.01) for name in "abc"}
+    measure(calls, stopwatch(machine), seconds=0.0)
+    rounds = machine.log[2 * 3 :]  # after the calibration
+    rounds = ["".join(rounds[i : i + 3]) for i in range(0, len(rounds), 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+
+
+def test_time_is_kept_but_never_below_the_least_number_of_rounds():
+    machine = Machine()
+    calls = {"op": machine.work("op", 1.0)}
+    assert len(measure(calls, stopwatch(machine), seconds=0.1).ms["op"]) == MIN_ROUNDS
+    assert len(measure(calls, stopwatch(machine), seconds=20.0).ms["op"]) == 20
+
+
+def test_short_calls_are_sampled_many_at_a_time_and_warm():
+    machine = Machine()
+    samples = measure({"op": machine.work("op", 1e-5)}, stopwatch(machine), seconds=1.0)
+    assert samples.calls == 100 and not samples.cold
+    assert summarise(samples.ms["op"]).median == pytest.approx(0.01)
+
+
+def test_one_short_contestant_makes_all_warm_so_that_none_is_favoured():
+    machine = Machine()
+    calls = {"short": machine.work("short", 1e-5), "long": machine.work("long", 1e-2)}
+    samples = measure(calls, stopwatch(machine), seconds=1.0)
+    assert not samples.cold
+    assert paired_ratio(samples.ms["long"], samples.ms["short"]).median == pytest.approx(1000)
+
+
+def test_the_flush_before_a_sample_is_not_timed():
+    machine = Machine()
+    watch = stopwatch(machine)
+
+    def flush():
+        machine.log.append("flush")
+        machine.now += 5.0
+
+    watch.flush = flush
+    samples = measure({"op": machine.work("op", 0.01)}, watch, seconds=0.0)
+    assert samples.cold and summarise(samples.ms["op"]).median == pytest.approx(10)
+    assert machine.log[-2:] == ["flush", "op"]
+
+
+def test_flushing_overwrites_every_byte_of_the_cache_buffer():
+    watch = Stopwatch(CPU, cache_bytes=4096)
+    watch._cache.fill_(7)
+    watch.flush()
+    assert watch._cache.count_nonzero() == 0
+
+
+def test_a_call_in_a_process_of_its_own_brings_its_own_time():
+    machine = Machine()
+    call = SelfTimed(lambda: 42.0)
+    assert stopwatch(machine).sample(call) == 42.0
+
+
+def test_quartiles():
+    summary = summarise([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (summary.q25, summary.median, summary.q75, summary.spread) == (2.0, 3.0, 4.0, 2.0)
+    assert summarise([3.0]) == Summary(3.0, 3.0, 3.0)
