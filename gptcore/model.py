@@ -4,6 +4,7 @@ embed -> LN -> [ GEMM -> attention -> GEMM -> dropout+add+LN
                  -> GEMM+activation -> GEMM -> dropout+add+LN of what follows ] x n_layer -> head
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -49,6 +50,14 @@ class KVCache:
         self.keys[layer, :, :, start:stop] = k
         self.values[layer, :, :, start:stop] = v
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def positions(self, weight: torch.Tensor, T: int) -> torch.Tensor:
+        """Of the position embedding's weight (block_size, C), the rows of the next T tokens."""
+        return weight[self.length : self.length + T]
+
+    def attend(self, layer: int, q, k, v, **options) -> torch.Tensor:
+        """Attention of the next tokens, q, k, v (B, H, T, D), over all tokens so far."""
+        return causal_attention(q, *self.append(layer, k, v), **options)
 
 
 class Block(nn.Module):
@@ -115,10 +124,16 @@ class GPT(nn.Module):
             return logits, None
         return logits, cross_entropy(logits, targets, backend=backend)
 
-    def hidden(self, idx, key=None, cache: KVCache | None = None):
+    def next_logits(self, idx, cache: KVCache | None = None):
+        """Logits (B, V) of the token after idx (B, T); `hidden` explains the cache."""
+        return self.lm_head(self.hidden(idx, cache=cache, last_only=True)[:, 0])
+
+    def hidden(self, idx, key=None, cache: KVCache | None = None, *, last_only=False):
         """The final LayerNorm's output (B, T, C) for idx (B, T).
 
         With a cache, idx continues the tokens in it, and their keys and values are added.
+        With last_only, dropout being off, it is (B, 1, C), that of the last token; the last
+        block computes nothing else but its keys and values.
         """
         config = self.config
         B, T = idx.shape
@@ -129,12 +144,15 @@ class GPT(nn.Module):
                 f"block_size {config.block_size}"
             )
         p = config.dropout if self.training else 0.0
+        if p and last_only:
+            raise ValueError(f"GPT: last_only needs dropout off; got dropout {p} in training mode")
         if p and key is None:
             key = draw_key(idx.device)
+        weight = self.position_embedding.weight
         x = embed(
             idx,
             self.token_embedding.weight,
-            self.position_embedding.weight[position : position + T],
+            weight[:T] if cache is None else cache.positions(weight, T),
             dropout_p=p if config.embedding_dropout else 0.0,
             key=key,
             site=SITE_EMBEDDING,
@@ -143,8 +161,12 @@ class GPT(nn.Module):
         ln = self.blocks[0].ln_1
         y = layer_norm(x, ln.weight, ln.bias, eps=ln.eps, backend=config.backend)
         for layer, block in enumerate(self.blocks):
-            following = self.blocks[layer + 1].ln_1 if layer + 1 < config.n_layer else self.ln_f
-            o = self._attention(layer, block, y, p, key, cache)
+            is_last = layer + 1 == config.n_layer
+            following = self.ln_f if is_last else self.blocks[layer + 1].ln_1
+            if is_last and last_only and T > 1:
+                o, x = self._last_attention(layer, block, y, cache), x[:, -1:]
+            else:
+                o = self._attention(layer, block, y, p, key, cache)
             y, x = self._residual(block.proj, o, x, block.ln_2, p, key, layer, "projection")
             h = linear_act(
                 y,
@@ -172,8 +194,21 @@ class GPT(nn.Module):
         if cache is None:
             return causal_attention_qkv(qkv, **options).flatten(-2)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        k, v = cache.append(layer, k, v)
-        return causal_attention(q, k, v, **options).transpose(1, 2).flatten(-2)
+        return cache.attend(layer, q, k, v, **options).transpose(1, 2).flatten(-2)
+
+    def _last_attention(self, layer, block, y, cache):
+        """The last row of `_attention`: (B, T, C) -> (B, 1, H * D); dropout is off."""
+        config = self.config
+        heads = (config.n_head, config.D)
+        rows = (config.n_head * config.D, 2 * config.n_head * config.D)  # of queries; of the rest
+        weight, bias = block.qkv.weight.split(rows), (None, None)
+        if block.qkv.bias is not None:
+            bias = block.qkv.bias.split(rows)
+        q = F.linear(y[:, -1:], weight[0], bias[0]).unflatten(-1, heads).transpose(1, 2)
+        k, v = F.linear(y, weight[1], bias[1]).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        attend = causal_attention if cache is None else functools.partial(cache.attend, layer)
+        o = attend(q, k, v, scale=config.scale, backend=config.backend)  # (B, H, 1, D)
+        return o.transpose(1, 2).flatten(-2)
 
     def _residual(self, linear, h, x, ln, p, key, layer, place):
         """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""
