@@ -31,7 +31,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # product left, yet rows enough (768 at V = 50257 in 16 bits) to feed the three products.
 _CHUNK_BYTES = 80_000_000
 _CHUNK_ROWS = 128  # chunks hold a multiple of it, the tallest tile of a matrix product
-_ROW_ALIGNMENT = 64  # elements; rows of logits start on whole cache lines
+_ROW_ALIGNMENT = 64  # elements; cuBLAS and wide loads want aligned rows, whatever V is
 
 
 # --- Eager ----------------------------------------------------------------------------------------
@@ -93,6 +93,7 @@ def _cross_entropy_kernel(
     target = tl.load(targets_ptr + rows * stride_tm, mask=mask_m, other=ignore_index)
     counts = target != ignore_index
     in_range = (target >= 0) & (target < V)
+    label = tl.where(in_range, target, -1).to(tl.int32)  # compared V times: 32 bits do
     logits_ptrs = logits_ptr + rows[:, None] * stride_zm
     offs_v = tl.arange(0, BLOCK_V)
     if ONE_BLOCK:
@@ -103,7 +104,7 @@ def _cross_entropy_kernel(
         m = tl.where(m == float("-inf"), 0.0, m)
         e = tl.exp(z - m[:, None])
         l = tl.sum(e, 1)
-        picked = tl.sum(tl.where(offs_v[None, :] == target[:, None], z, 0.0), 1)
+        picked = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), 1)
     else:
         # Every thread has passed the barriers of the reductions below before any overwrites it.
         picked_ptrs = logits_ptr + rows * stride_zm + target * stride_zv
@@ -130,8 +131,8 @@ def _cross_entropy_kernel(
         scale = tl.where(counts, scale, 0.0)
         dlogits_ptrs = dlogits_ptr + rows[:, None] * stride_dm
         if ONE_BLOCK:
-            p = e / l[:, None]
-            dz = (p - (offs_v[None, :] == target[:, None]).to(tl.float32)) * scale[:, None]
+            p = e * (1.0 / l)[:, None]
+            dz = (p - (offs_v[None, :] == label[:, None]).to(tl.float32)) * scale[:, None]
             dz = dz.to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptrs + offs_v[None, :], dz, mask=mask)
         else:
@@ -142,8 +143,8 @@ def _cross_entropy_kernel(
                     logits_ptrs + offs[None, :].to(tl.int64) * stride_zv, mask=mask, other=0.0
                 )
                 z = tl.where((offs < V)[None, :], z.to(tl.float32), float("-inf"))
-                p = tl.exp(z - m[:, None]) / l[:, None]
-                dz = (p - (offs[None, :] == target[:, None]).to(tl.float32)) * scale[:, None]
+                p = tl.exp(z - m[:, None]) * (1.0 / l)[:, None]
+                dz = (p - (offs[None, :] == label[:, None]).to(tl.float32)) * scale[:, None]
                 dz = dz.to(dlogits_ptr.dtype.element_ty)
                 tl.store(dlogits_ptrs + offs[None, :], dz, mask=mask)
 
@@ -417,8 +418,8 @@ def _linear_cross_entropy_forward(
     dbias = losses.new_zeros(V if needs_dbias else 0)
 
     R = _rows_per_chunk(M, V, dtype.itemsize)
-    stride, columns = (V, V) if R == M else (_round_up(V, _ROW_ALIGNMENT), _round_up(V, 16))
-    buffer = x.new_empty((R, stride), dtype=dtype)
+    buffer = x.new_empty((R, _round_up(V, _ROW_ALIGNMENT)), dtype=dtype)
+    columns = _round_up(V, 16)  # so many are safe to read, and masks then allow wide loads
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -208,7 +208,7 @@ def _token_gradient_one_hot_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HAS_FIRST: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter's products of bfloat16 are wrong
+    INTERPRET: tl.constexpr,  # bfloat16 is wrong there, float32 products exact
 ):
     """Program (s, j, i) sums piece s of the rows into tile i of the tokens, j of the columns."""
     piece, col = tl.program_id(0), tl.program_id(1) * BLOCK_C
@@ -233,10 +233,17 @@ def _token_gradient_one_hot_kernel(
             BLOCK_C,
             HAS_FIRST,
         )
-        if UPCAST:
-            dy = dy.to(tl.float32)
-        one_hot = (offs_v[:, None] == token[None, :]).to(dy.dtype)
-        total = tl.dot(one_hot, dy, total, input_precision="ieee")
+        one_hot = offs_v[:, None] == token[None, :]
+        if INTERPRET:
+            total = tl.dot(one_hot.to(tl.float32), dy.to(tl.float32), total)
+        elif dy.dtype == tl.float32:
+            # Tensor cores round float32, but it is the exact sum of three bfloat16.
+            for _ in tl.static_range(3):
+                part = dy.to(tl.bfloat16)
+                total = tl.dot(one_hot.to(tl.bfloat16), part, total)
+                dy -= part.to(tl.float32)
+        else:
+            total = tl.dot(one_hot.to(dy.dtype), dy, total)
     cols = col + tl.arange(0, BLOCK_C)
     offsets = (piece.to(tl.int64) * V + offs_v)[:, None] * C + cols[None, :]
     mask = (offs_v < V)[:, None] & (cols < C)[None, :]
@@ -412,7 +419,7 @@ def _token_gradient_one_hot(dy, idx, V, common):
         BLOCK_M=BLOCK_M,
         BLOCK_V=BLOCK_V,
         BLOCK_C=BLOCK_C,
-        UPCAST=architecture(dy.device) == "interpreter",
+        INTERPRET=architecture(dy.device) == "interpreter",
         num_warps=4,
         **common,
     )
