@@ -30,28 +30,41 @@ def _chunks(B, H, Tq, Tk):
 
 
 def _query_blocks(Tq, Tk):
-    """(queries, number of keys visible to the last of them) of every block."""
-    for start in range(0, Tq, _BLOCK_QUERIES):
+    """(queries, number of keys visible to the last of them) of every block, the largest first."""
+    for start in reversed(range(0, Tq, _BLOCK_QUERIES)):
         stop = min(start + _BLOCK_QUERIES, Tq)
         yield slice(start, stop), stop + Tk - Tq
 
 
-def _planes(x, chunk, dtype):
-    """x[chunk] as (planes, T, D) of `dtype`."""
-    return x[chunk].reshape(-1, *x.shape[2:]).to(dtype)
+class _Scratch:
+    """Memory that every block of a call uses again: fresh pages would cost more than the sums."""
+
+    def __init__(self, q):
+        self.dtype, self.device = torch.promote_types(q.dtype, torch.float32), q.device
+        self.buffers = {}
+
+    def __call__(self, name, *shape):
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.buffers[name][:size].view(shape)
+
+    def planes(self, name, x, factor=1.0):
+        """factor * x (b, h, T, D) as (b * h, T, D)."""
+        out = self(name, *x.shape).copy_(x)
+        return (out if factor == 1 else out.mul_(factor)).flatten(0, 1)
+
+    def probabilities(self, q, k):
+        """softmax of q (planes, R, D) and the keys k (planes, N, D) it sees, the last R in part."""
+        (P, R, _), N = q.shape, k.shape[1]
+        s = torch.bmm(q, k.mT, out=self("scores", P, R, N))
+        s[:, :, -R:].add_(_above_diagonal(R, self.dtype, self.device))
+        return torch.softmax(s, -1, out=self("probabilities", P, R, N))
 
 
-def _probabilities(q, k, above):
-    """softmax of q (planes, R, D) and the keys k (planes, N, D) it sees, the last R in part."""
-    s = torch.bmm(q, k.mT)
-    R = q.shape[1]
-    s[:, :, -R:] += above[:R, :R]
-    return torch.softmax(s, -1)
-
-
-def _above_diagonal(Tq, dtype, device):
+@functools.lru_cache(maxsize=8)
+def _above_diagonal(R, dtype, device):
     """What is added to the scores of a block's own positions: -inf above the diagonal."""
-    R = min(Tq, _BLOCK_QUERIES)
     return torch.full((R, R), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
@@ -98,49 +111,49 @@ def _without_autocast(function):
 @_without_autocast
 def forward(q, k, v, o, key, scale, dropout_p, site):
     """Write o (B, H, Tq, D) and return the packed mask."""
-    B, H, Tq, _ = q.shape
+    B, H, Tq, D = q.shape
     Tk = k.shape[2]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    above = _above_diagonal(Tq, dtype, q.device)
-    packed = []
+    scratch, packed = _Scratch(q), []
     for chunk in _chunks(B, H, Tq, Tk):
-        q_planes = _planes(q, chunk, dtype) * scale
-        k_planes, v_planes = _planes(k, chunk, dtype), _planes(v, chunk, dtype)
-        o_planes = torch.empty_like(q_planes)
+        q_planes = scratch.planes("q", q[chunk], scale)
+        k_planes = scratch.planes("k", k[chunk])
+        v_planes = scratch.planes("v", v[chunk], dropout_scale(dropout_p))
         for rows, visible in _query_blocks(Tq, Tk):
-            p = _probabilities(q_planes[:, rows], k_planes[:, :visible], above)
+            p = scratch.probabilities(q_planes[:, rows], k_planes[:, :visible])
             keep = _keep_block(key, site, dropout_p, H, chunk, rows, visible)
             packed.append(_pack(keep))
             p *= keep
-            o_planes[:, rows] = torch.bmm(p, v_planes[:, :visible])
-        o[chunk] = o_planes.mul_(dropout_scale(dropout_p)).view(o[chunk].shape)
-    return torch.cat(packed) if packed else torch.empty(0, dtype=torch.uint8, device=q.device)
+            o_rows = o[chunk][:, :, rows]
+            out = scratch("o", len(p), o_rows.shape[2], D)
+            o_rows.copy_(torch.bmm(p, v_planes[:, :visible], out=out).view(o_rows.shape))
+    return torch.cat(packed) if packed else saved_like(q, k)
 
 
 @_without_autocast
 def backward(do, q, k, v, o, packed, dq, dk, dv, key, scale, dropout_p, site):
     """Write dq, dk, dv, tensors like q, k, v."""
-    B, H, Tq, _ = q.shape
+    B, H, Tq, D = q.shape
     Tk = k.shape[2]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    above = _above_diagonal(Tq, dtype, q.device)
+    scratch = _Scratch(q)
     for chunk in _chunks(B, H, Tq, Tk):
-        q_planes = _planes(q, chunk, dtype) * scale
-        k_planes, v_planes = _planes(k, chunk, dtype), _planes(v, chunk, dtype)
-        do_planes = _planes(do, chunk, dtype) * dropout_scale(dropout_p)
-        dq_planes = torch.empty_like(q_planes)
-        dk_planes, dv_planes = torch.zeros_like(k_planes), torch.zeros_like(v_planes)
+        q_planes = scratch.planes("q", q[chunk], scale)
+        k_planes, v_planes = scratch.planes("k", k[chunk]), scratch.planes("v", v[chunk])
+        do_planes = scratch.planes("do", do[chunk], dropout_scale(dropout_p))
+        dk_planes = scratch("dk", *k_planes.shape).zero_()
+        dv_planes = scratch("dv", *v_planes.shape).zero_()
         for rows, visible in _query_blocks(Tq, Tk):
             q_rows, do_rows = q_planes[:, rows], do_planes[:, rows]
-            p = _probabilities(q_rows, k_planes[:, :visible], above)
-            keep, packed = _unpack(packed, p.shape)
-            keep = keep.to(dtype)
-            dp = torch.bmm(do_rows, v_planes[:, :visible].mT).mul_(keep)
-            ds = torch._softmax_backward_data(dp, p, -1, dtype)
+            p = scratch.probabilities(q_rows, k_planes[:, :visible])
+            bits, packed = _unpack(packed, p.shape)
+            keep = scratch("keep", *p.shape).copy_(bits)
+            dp = torch.bmm(do_rows, v_planes[:, :visible].mT, out=scratch("scores", *p.shape))
+            ds = scratch("ds", *p.shape)
+            torch._softmax_backward_data(dp.mul_(keep), p, -1, p.dtype, grad_input=ds)
             dv_planes[:, :visible].baddbmm_(p.mul_(keep).mT, do_rows)
             dk_planes[:, :visible].baddbmm_(ds.mT, q_rows)
-            dq_planes[:, rows] = torch.bmm(ds, k_planes[:, :visible])
-        dq[chunk] = dq_planes.mul_(scale).view(dq[chunk].shape)
+            dq_rows = dq[chunk][:, :, rows]
+            out = torch.bmm(ds, k_planes[:, :visible], out=scratch("dq", *q_rows.shape))
+            dq_rows.copy_(out.mul_(scale).view(dq_rows.shape))
         dk[chunk] = dk_planes.view(dk[chunk].shape)
         dv[chunk] = dv_planes.view(dv[chunk].shape)
 
