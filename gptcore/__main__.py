@@ -30,9 +30,11 @@ def _add_run(parser: Parser) -> None:
 
 def _add_sample(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("--start", default="\n", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="length")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--start", default=None, help="the text to continue [a new line]")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="length [500]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest token [0.8]"
+    )
     parser.add_argument("--top_k", type=int, default=None, help="only the k likeliest tokens")
     parser.add_argument("--top_p", type=float, default=None, help="only the likeliest, up to p")
     parser.add_argument("--seed", type=int, default=None, help="the same seed, the same text")
@@ -46,10 +48,11 @@ def sample(arguments) -> int:
 
     checkpoint, model = _load(arguments)
     tokenizer = checkpoint.tokenizer
-    tokens = tokenizer.encode(arguments.start)
+    start = tokenizer.decode([0]) if arguments.start is None else arguments.start
+    tokens = tokenizer.encode(start).astype("int64")
     if len(tokens) == 0:
         raise ConfigError("--start must hold at least one character")
-    idx = torch.tensor(tokens.astype("int64"), device=next(model.parameters()).device)[None]
+    idx = torch.tensor(tokens, device=next(model.parameters()).device)[None]
     try:
         drawn = stream(
             model,
@@ -61,11 +64,11 @@ def sample(arguments) -> int:
             seed=arguments.seed,
             vocab_size=tokenizer.vocab_size,
         )
-        print(arguments.start, end="", flush=True)
-        for piece in tokenizer.decode_stream(token.item() for token in drawn):
-            print(piece, end="", flush=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    print(start, end="", flush=True)
+    for piece in tokenizer.decode_stream(token.item() for token in drawn):
+        print(piece, end="", flush=True)
     print()
     return 0
 

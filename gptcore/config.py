@@ -389,7 +389,6 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, - and _ alike in flags, and the nearest flag suggested."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
@@ -404,12 +403,21 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
+            flags = list(_flags(self))
             kind = "flag" if word.startswith("-") else "argument"
             raise ConfigError(
                 f"unknown {kind} {word}" + (_suggestion(word, flags) or f"; see {self.prog} --help")
             )
         return namespace
+
+
+def _flags(parser: argparse.ArgumentParser):
+    """Every flag of `parser` and of its commands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _flags(command)
 
 
 def _underscored(arg: str) -> str:

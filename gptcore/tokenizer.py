@@ -48,9 +48,13 @@ class CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, characters: str):
-        points = _code_points(characters)
-        if len(points) == 0 or (np.diff(points.astype(np.int64)) <= 0).any():
-            raise ConfigError("CharTokenizer: characters must be distinct and sorted, at least one")
+        points = _code_points(characters).astype(np.int64)
+        surrogates = (points >= 0xD800) & (points < 0xE000)
+        if len(points) == 0 or (np.diff(points) <= 0).any() or surrogates.any():
+            raise ConfigError(
+                "CharTokenizer: characters must be at least one, distinct, sorted and whole; "
+                f"got {characters[:50]!r}"
+            )
         self.characters = characters
         self.vocab_size = len(points)
         self._bytes = [character.encode("utf-8") for character in characters]

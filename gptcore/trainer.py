@@ -139,7 +139,7 @@ def prepare(settings: Settings) -> Run:
     if checkpoint is not None:
         _restore(run, checkpoint)
     (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
-    _trim_metrics(run.folder / "metrics.jsonl", run.step)
+    _trim_metrics(run.folder / "metrics.jsonl", -1 if checkpoint is None else run.step)
     return run
 
 
@@ -216,6 +216,10 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     """Weights, optimizer and counters of `checkpoint`."""
     checkpoint.load_weights(run.model)
     state = checkpoint.load_state()
+    options = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in run.optimizer.param_groups
+    ]
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.elapsed_s = int(state["step"]), float(state["elapsed_s"])
@@ -224,9 +228,8 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"{checkpoint.folder}: state.pt does not fit this model: {error}"
         ) from error
-    for group in run.optimizer.param_groups:
-        group["betas"] = (run.config.beta1, run.config.beta2)
-        group["weight_decay"] = run.config.weight_decay if group["weight_decay"] else 0.0
+    for group, given in zip(run.optimizer.param_groups, options, strict=True):
+        group.update(given)  # load_state_dict brings back the options of then
 
 
 # ---- one step, one evaluation ----------------------------------------------------------------
@@ -234,7 +237,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
 
 def training_step(run: Run, batches: BatchStream) -> torch.Tensor:
     """One update; returns the mean loss before it, on the device."""
-    config, total = run.config, 0.0
+    config, total = run.config, None
     set_learning_rate(run.optimizer, learning_rate(run.step, config))
     for first in range(0, config.sequences, config.batch_size):
         idx, targets = batches.batch(run.step, first, config.batch_size)
@@ -244,9 +247,10 @@ def training_step(run: Run, batches: BatchStream) -> torch.Tensor:
         if config.gradient_accumulation_steps > 1:
             loss = loss / config.gradient_accumulation_steps
         loss.backward()
-        total = total + loss.detach()
+        total = loss.detach() if total is None else total + loss.detach()
     if config.grad_clip:
-        nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -479,10 +483,14 @@ class Log:
             mfu=self.step_seconds_at_rate / seconds,
         )
         self.bar.set_postfix_str(f"loss {value:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-        if not math.isfinite(value):
+        self.stop_unless_finite(value)
+
+    def stop_unless_finite(self, loss: float) -> None:
+        """Raises: RunError if the loss is not a number any more."""
+        if not math.isfinite(loss):
             raise RunError(
-                f"the loss is {value} at step {run.step}; lower --learning_rate or set "
-                f"--grad_clip 1, then: {resume_command(run)}"
+                f"the loss is {loss} at step {self.run.step}; go on from the last checkpoint with "
+                f"a lower --learning_rate or --grad_clip 1: {resume_command(self.run)}"
             )
 
     def evaluated(self, training: Evaluation, validation: Evaluation) -> None:
@@ -502,6 +510,7 @@ class Log:
             f"({self.bits_per_character(validation):.3f} bits per character), "
             f"accuracy {validation.accuracy:.1%}, {run.elapsed_s:.1f} s"
         )
+        self.stop_unless_finite(validation.loss)
         if time.perf_counter() - self.plotted > PLOT_EVERY_S:
             self.plot()
 
@@ -526,6 +535,8 @@ class Log:
             elapsed_s=run.elapsed_s,
             peak_memory_bytes=memory,
         )
+        if run.corpus.text.note:
+            print(f"WARNING: {run.corpus.text.note}")
         start = "LEONTES:" if "tinyshakespeare" in run.corpus.text.source else "The"
         print(
             f"exact validation loss {validation.loss:.4f} "
@@ -552,19 +563,21 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; one cut off by a crash is left out."""
+    """The records of metrics.jsonl; a line cut off by a crash is left out."""
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+                records.append(record)
     return records
 
 
 def _trim_metrics(path: Path, step: int) -> None:
     """Forget what a run did after the checkpoint it resumes from."""
-    kept = [r for r in read_metrics(path) if r["kind"] != "end" and 0 < step >= r["step"]]
+    kept = [r for r in read_metrics(path) if r["kind"] != "end" and r["step"] <= step]
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -1,0 +1,164 @@
+"""The command lines as a user types them; bad input is one line, the fix, exit 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptcore.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def fails(capsys, command, argv, message, code=2):
+    """Run `command`; one line on stderr with `message`, exit `code`."""
+    assert command(argv) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_training_says_what_to_type_next(train_main, tiny_flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train_main([*tiny_flags, f"--out-dir={folder}"]) == 0
+    out = capsys.readouterr().out
+    assert "step 0: train loss" in out and "bits per character" in out
+    assert "exact validation loss" in out
+    lines = out.splitlines()
+    assert lines[-2].split() == ["run", "folder", str(folder)]
+    command = lines[-1].split("python -m gptcore ")[1]
+    assert command == f'sample {folder} --start "The"'
+    argv = ["sample", str(folder), "--start", "the", "--max_new_tokens=5"]
+    assert main(argv) == 0
+
+
+def test_default_run_folders_are_numbered(train_main, tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train_main([*tiny_flags, "--max_iters=0"]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "baby-cpu-1",
+        "baby-cpu-2",
+    ]
+
+
+def test_offline_training_says_so(train_main, tiny_flags, tmp_path, monkeypatch, capsys):
+    import urllib.error
+    import urllib.request
+
+    def unreachable(url, timeout):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("GPTCORE_DATA_DIR", raising=False)
+    flags = [flag for flag in tiny_flags if not flag.startswith("--data")]
+    assert train_main([*flags, "--max_iters=2", f"--out_dir={tmp_path / 'run'}"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("WARNING: Tiny Shakespeare cannot be had (no network)") == 2
+    assert "pydoc_data.topics" in (tmp_path / "run" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data=/nowhere.txt"], "--data /nowhere.txt: no such file"),
+        (["--block_size=1000"], "text shorter than a block"),
+        (["--n_heads=2"], "did you mean --n_head?"),
+        (["--dropout=1.5"], "dropout must be in [0, 1); got 1.5"),
+        (["--device=tpu"], "device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
+        (["--device=mps"], "device must be auto, cpu, cuda or cuda:N; got 'mps'"),
+        (["--device=cuda:99"], "device cuda:99: torch"),
+        (["--resume"], "--resume needs the run folder; add --out_dir"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_training_input_leaves_nothing_behind(
+    train_main, tiny_flags, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, train_main, [*tiny_flags, *flags], message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_run_folder_is_kept(train_main, tiny_flags, trained_run, tmp_path, capsys):
+    before = (trained_run / "metrics.jsonl").read_text()
+    flags = [*tiny_flags, f"--out_dir={trained_run}"]
+    fails(capsys, train_main, flags, "exists; add --resume to go on with it")
+    assert (trained_run / "metrics.jsonl").read_text() == before
+    (tmp_path / "letter.txt").write_text("mine")
+    flags = [*tiny_flags, f"--out_dir={tmp_path}", "--resume"]
+    fails(capsys, train_main, flags, "is not a run folder")
+    flags = [*tiny_flags, f"--out_dir={tmp_path / 'letter.txt' / 'x'}"]
+    fails(capsys, train_main, flags, "cannot make the run folder: Not a directory")
+
+
+def test_sampling_is_reproducible(trained_run, capsys):
+    def text(*flags):
+        assert main(["sample", str(trained_run), "--start", "the", *flags]) == 0
+        return capsys.readouterr().out
+
+    options = ("--max-new-tokens=40", "--temperature=0.8", "--top_k=5", "--seed=1")
+    first = text(*options)
+    assert first.startswith("the") and len(first) == len("the") + 40 + 1
+    assert text(*options) == first
+    assert text(*options[:-1], "--seed=2") != first
+    assert text("--max_new_tokens=0") == "the\n"
+    assert text("--checkpoint=last", "--temperature=0", "--max_new_tokens=9") == text(
+        "--checkpoint=last", "--top_k=1", "--max_new_tokens=9"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--start=Ünö"], "text has characters the model has never seen: 'Üö'"),
+        (["--start="], "--start must hold at least one character"),
+        (["--temperature=-1"], "temperature"),
+        (["--top_k=0"], "top_k"),
+        (["--top_p=2"], "top_p"),
+        (["--max_new_tokens=-1"], "max_new_tokens"),
+        (["--max_new_tokens=many"], "argument --max_new_tokens: invalid int value: 'many'"),
+        (["--temprature=1"], "unknown flag --temprature; did you mean --temperature?"),
+        (["--checkpoint=worst"], "invalid choice: 'worst'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_sampling_input(trained_run, capsys, flags, message):
+    fails(capsys, main, ["sample", str(trained_run), *flags], message)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["smaple"], "invalid choice: 'smaple'"),
+        (["sample"], "the following arguments are required: RUN"),
+        (["sample", "/nowhere"], "/nowhere: no such run folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_commands(capsys, argv, message):
+    fails(capsys, main, argv, message)
+
+
+def test_eval_repeats_the_exact_loss(trained_run, tmp_path, capsys):
+    from gptcore.trainer import read_metrics
+
+    assert main(["eval", str(trained_run), "--checkpoint=last"]) == 0
+    end = read_metrics(trained_run / "metrics.jsonl")[-1]
+    assert f"loss {end['val_loss']:.4f}, " in capsys.readouterr().out
+    other = tmp_path / "other.txt"
+    other.write_text("the king and queen\n" * 20)
+    assert main(["eval", str(trained_run), f"--data={other}"]) == 0
+    other.write_text("Zebra!" * 100)
+    fails(capsys, main, ["eval", str(trained_run), f"--data={other}"], "never seen")
+
+
+def test_a_closed_pipe_is_no_traceback(trained_run):
+    """`python -m gptcore sample RUN | head -c 5`."""
+    command = f"{sys.executable} -m gptcore sample {trained_run} --max_new_tokens=3000 | head -c 5"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert len(done.stdout) == 5 and "Traceback" not in done.stderr

@@ -1,0 +1,205 @@
+"""Settings: defaults < preset < TOML < flags; what is wrong is said in one line."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptcore.config import (
+    FIELDS,
+    MODEL_HELP,
+    MODEL_NAMES,
+    PRESETS,
+    ConfigError,
+    GPTConfig,
+    TrainConfig,
+    parse_settings,
+    read_saved,
+    to_json,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings(*argv, device="cpu"):
+    """(TrainConfig, GPTConfig) of a command line."""
+    train, model = parse_settings(list(argv)).merged(device)
+    return train, GPTConfig(**model)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_fields_and_pass_validation(preset):
+    assert PRESETS[preset].keys() <= FIELDS.keys()
+    settings("--preset", preset)
+
+
+def test_the_default_preset_depends_on_the_device():
+    assert settings(device="cuda") == settings("--preset", "notebook")
+    assert settings(device="cpu") == settings("--preset", "cpu")
+    assert settings(device="cuda") != settings(device="cpu")
+
+
+def test_notebook_preset_is_the_notebook():
+    train, model = settings("--preset=notebook")
+    assert (model.n_embd, model.n_head, model.n_layer, model.block_size) == (384, 6, 6, 256)
+    assert (model.dropout, model.scale, model.activation) == (0.2, 384**-0.5, "relu")
+    assert (train.batch_size, train.learning_rate, train.max_iters) == (64, 3e-4, 5000)
+    # torch.optim.AdamW(model.parameters(), lr): its defaults, on every parameter
+    assert (train.beta1, train.beta2, train.weight_decay) == (0.9, 0.999, 0.01)
+    assert (train.decay_params, train.grad_clip, train.schedule) == ("all", 0.0, "constant")
+
+
+def test_gpt2_preset_pads_the_vocabulary_to_50304():
+    train, model = settings("--preset=gpt2-124m")
+    assert math.ceil(50257 / train.vocab_multiple) * train.vocab_multiple == 50304
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (12, 12, 768, 1024)
+    assert model.bias and model.qkv_bias and model.tied_head and not model.head_bias
+
+
+def test_flags_beat_file_beats_preset(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text('preset = "baby-cpu"\nbatch-size = 5\nn_embd = 24\ndropout = 0\n')
+    train, model = settings("--config", str(file), "--n-embd=32", "--max_iters", "7")
+    assert (train.batch_size, model.n_embd, train.max_iters) == (5, 32, 7)  # file, flag, flag
+    assert (model.head_size, model.dropout) == (4, 0)  # preset, file
+    train, model = settings("--config", str(file), "--preset", "notebook")
+    assert (train.learning_rate, train.batch_size) == (3e-4, 5)
+
+
+def test_every_field_is_a_flag_with_help():
+    assert {f.name for f in dataclasses.fields(GPTConfig)} == {"vocab_size", *MODEL_HELP}
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"]
+    for name, field in FIELDS.items():
+        value = field.default
+        if name in ("resume", "out_dir") or value is None:
+            continue
+        for flag in (name, name.replace("_", "-")):
+            assert parse_settings([f"--{flag}", str(value)]).given == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"), [(["--bias"], True), (["--bias=false"], False), (["--bias", "0"], False)]
+)
+def test_booleans(flags, value):
+    assert parse_settings(flags).given == {"bias": value}
+
+
+def test_none_and_numbers_are_read_as_their_type():
+    given = parse_settings(["--head_size=none", "--dropout", "0", "--learning_rate=1e-3"]).given
+    assert given == {"head_size": None, "dropout": 0.0, "learning_rate": 1e-3}
+
+
+def test_model_names_are_those_that_can_be_built():
+    from gptcore.model import MODELS
+
+    assert set(MODEL_NAMES) == set(MODELS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n_heads=4"], "unknown flag --n_heads; did you mean --n_head?"),
+        (["--lerning-rate", "1"], "unknown flag --lerning_rate; did you mean --learning_rate?"),
+        (["--zzz"], "unknown flag --zzz; see train.py --help"),
+        (["notebok"], "unknown argument notebok"),
+        (["--preset=notebok"], "unknown preset 'notebok'; did you mean notebook?"),
+        (["--preset=xyz"], "unknown preset 'xyz'; presets: auto, notebook"),
+        (["--n_head=0"], "n_head must be a whole number of at least 1; got 0"),
+        (["--n_head=six"], "argument --n_head: must be a whole number; got 'six'"),
+        (["--n_head=6.5"], "argument --n_head: must be a whole number; got '6.5'"),
+        (["--bias=maybe"], "argument --bias: must be true or false; got 'maybe'"),
+        (["--n_head"], "argument --n_head: expected one argument"),
+        (["--block_size=0"], "block_size must be a whole number of at least 1; got 0"),
+        (["--dropout=1.5"], "dropout must be in [0, 1); got 1.5"),
+        (["--dropout=nan"], "dropout must be in [0, 1); got nan"),
+        (["--n_embd=4", "--n_head=8"], "n_embd // n_head must be at least 1"),
+        (["--learning_rate=0"], "learning_rate must be above 0; got 0.0"),
+        (["--learning_rate=inf"], "learning_rate must be finite; got inf"),
+        (["--batch_size=-1"], "batch_size must be at least 1; got -1"),
+        (["--val_fraction=1"], "val_fraction must be below 1; got 1.0"),
+        (["--seed=4294967296"], "seed must be below 4294967296; got 4294967296"),
+        (["--schedule=cosin"], "got 'cosin'; did you mean cosine?"),
+        (["--model=gtp"], "got 'gtp'; did you mean gpt?"),
+        (["--activation=tanh"], "activation must be one of relu, gelu, relu2; got 'tanh'"),
+        (["--config=/nowhere/x.toml"], "cannot read --config /nowhere/x.toml: No such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_flags(argv, message):
+    with pytest.raises(ConfigError) as error:
+        settings(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"n_head = ", "is not TOML"),
+        (b"\xff\xfe", "is not TOML"),
+        (b"n_heads = 4", "unknown key 'n_heads'"),
+        (b"n_head = '4'", "n_head must be a whole number; got '4'"),
+        (b"bias = 1", "bias must be true or false; got 1"),
+        (b"batch_size = 1.5", "batch_size must be a whole number; got 1.5"),
+        (b"batch_size = true", "batch_size must be a whole number; got True"),
+        (b"[n_head]\nx = 1", "n_head must be a whole number; got {'x': 1}"),
+        (b"preset = 3", "unknown preset 3"),
+        (b"vocab_size = 3", "unknown key 'vocab_size'"),
+    ],
+)
+def test_bad_toml(tmp_path, content, message):
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="^[^\n]*$") as error:
+        settings("--config", str(file))
+    assert message in str(error.value)
+
+
+def test_saved_configurations_come_back():
+    train, model = settings("--preset=gpt2-124m")
+    import json
+
+    assert read_saved(json.loads(to_json(train, model)), "here") == (train, model)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        [],
+        {},
+        {"train": 1, "model": 2},
+        {"train": {}, "model": {"n_head": "6"}},
+        {"train": {"colour": 1}, "model": {}},
+        {"train": {}, "model": {"n_head": -1}},
+    ],
+)
+def test_foreign_saved_configurations_are_refused(content):
+    with pytest.raises(ConfigError):
+        read_saved(content, "here")
+
+
+def test_help_is_instant_and_imports_no_torch():
+    for command in (["train.py", "--help"], ["-m", "gptcore", "--help"], ["train.py", "--typo"]):
+        code = (
+            "import sys, runpy; sys.argv = sys.argv[1:]\n"
+            "def end():\n    print('torch' in sys.modules)\n"
+            "import atexit; atexit.register(end)\n"
+            "name = sys.argv[0]\n"
+            "if name == '-m':\n"
+            "    sys.argv = sys.argv[1:]; runpy.run_module('gptcore', run_name='__main__')\n"
+            "else:\n    runpy.run_path(name, run_name='__main__')\n"
+        )
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True
+        )
+        assert time.perf_counter() - start < 10  # torch alone takes seconds on a busy machine
+        assert done.stdout.splitlines()[-1] == "False"
+        assert done.returncode == (2 if "--typo" in command else 0)
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,385 @@
+"""Training: what is learned, what is written, and that resuming changes nothing."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from gptcore import trainer
+from gptcore.checkpoint import open_checkpoint
+from gptcore.config import ConfigError, RunError, TrainConfig, parse_settings
+from gptcore.data import BatchStream
+from gptcore.optim import learning_rate, parameter_groups
+from gptcore.trainer import evaluate, evaluate_exactly, prepare, read_metrics, training_step
+
+
+@pytest.fixture
+def prepared(tiny_flags, tmp_path):
+    """prepare(flags) -> a Run of the tiny settings."""
+    count = iter(range(100))
+
+    def make(*flags):
+        folder = tmp_path / f"run{next(count)}"
+        return prepare(parse_settings([*tiny_flags, f"--out_dir={folder}", *flags]))
+
+    return make
+
+
+def weights_of(folder, name="last"):
+    return load_file(folder / name / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def stream_of(run):
+    return BatchStream(
+        run.corpus, run.config.seed, run.config.sequences, run.model.config.block_size
+    )
+
+
+# ---- schedules and groups --------------------------------------------------------------------
+
+
+def test_constant_and_warmup():
+    config = TrainConfig(learning_rate=1.0, warmup_iters=3)
+    assert [learning_rate(step, config) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_cosine_is_nanogpts():
+    config = TrainConfig(
+        learning_rate=1e-3, min_lr=1e-4, schedule="cosine", warmup_iters=100, max_iters=5000
+    )
+    assert learning_rate(0, config) == pytest.approx(1e-3 / 101)
+    assert learning_rate(100, config) == 1e-3
+    assert learning_rate(2550, config) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert learning_rate(5000, config) == learning_rate(9999, config) == 1e-4
+    halfway = config.replace(lr_decay_iters=200)
+    assert learning_rate(150, halfway) == pytest.approx((1e-3 + 1e-4) / 2)
+
+
+@pytest.mark.parametrize(("decay_params", "vectors_decay"), [("matrices", 0.0), ("all", 0.3)])
+def test_weight_decay_groups(prepared, decay_params, vectors_decay):
+    run = prepared("--weight_decay=0.3", f"--decay_params={decay_params}")
+    decay_of = {
+        id(parameter): group["weight_decay"]
+        for group in parameter_groups(run.model, run.config)
+        for parameter in group["params"]
+    }
+    assert len(decay_of) == len(list(run.model.parameters()))
+    for parameter in run.model.parameters():
+        assert decay_of[id(parameter)] == (0.3 if parameter.ndim >= 2 else vectors_decay)
+
+
+# ---- one step --------------------------------------------------------------------------------
+
+
+def test_a_step_is_the_notebooks_step(prepared):
+    """Against plain PyTorch: forward, backward, clip, AdamW."""
+    run = prepared("--dropout=0", "--grad_clip=0.1", "--model=naive")
+    other = prepared("--dropout=0", "--model=naive").model
+    optimizer = torch.optim.AdamW(other.parameters(), lr=run.config.learning_rate)
+    batches = stream_of(run)
+    for step in range(3):
+        idx, targets = batches.batch(step, 0, run.config.batch_size)
+        expected = cross_entropy(other(idx)[0].flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        optimizer.step()
+        torch.testing.assert_close(training_step(run, batches), expected)
+    for a, b in zip(run.model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model", ["gpt", "naive"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_accumulation_changes_nothing(prepared, model, dropout):
+    """1 x 16 and 4 x 4 sequences: the same batch, the same masks, the same gradient."""
+    flags = [f"--model={model}", f"--dropout={dropout}"]
+    runs = prepared(*flags), prepared(*flags, "--batch_size=4", "--gradient_accumulation_steps=4")
+    losses = []
+    for run in runs:
+        run.optimizer.step = lambda: None
+        run.optimizer.zero_grad = lambda set_to_none: None
+        losses.append(training_step(run, stream_of(run)))
+    torch.testing.assert_close(*losses)
+    for a, b in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_batched_and_naive_learn_the_same(prepared):
+    """The same weights, batches and masks: the same losses, with dropout."""
+    fast, slow = prepared("--model=gpt"), prepared("--model=naive")
+    slow.model.load_state_dict(fast.model.to_naive().state_dict())
+    losses = [
+        [training_step(run, batches).item() for _ in range(8)]
+        for run, batches in ((fast, stream_of(fast)), (slow, stream_of(slow)))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0] != pytest.approx([losses[0][0]] * 8, abs=1e-2)  # it does learn
+
+
+def test_gradients_are_clipped(prepared):
+    run = prepared("--grad_clip=1e-3")
+    run.optimizer.step = lambda: None
+    run.optimizer.zero_grad = lambda set_to_none: None
+    training_step(run, stream_of(run))
+    norm = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+
+def test_exact_evaluation_is_the_mean_over_all_windows(prepared):
+    run = prepared()
+    run.model.eval()
+    val, block = run.corpus.val.long(), run.model.config.block_size
+    losses, right = [], 0
+    for start in range(0, len(val) - 1, block):
+        idx = val[start : min(start + block, len(val) - 1)][None]
+        targets = val[start + 1 : start + 1 + idx.shape[1]]
+        logits = run.model(idx)[0][0]
+        losses += cross_entropy(logits, targets, reduction="none").tolist()
+        right += (logits.argmax(-1) == targets).sum().item()
+    run.model.train()
+    result = evaluate_exactly(run)
+    assert len(losses) == len(val) - 1
+    assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert result.accuracy == pytest.approx(right / len(losses), abs=1e-9)
+    assert run.model.training  # as it was
+
+
+def test_ignored_targets_do_not_count(prepared):
+    run = prepared()
+    batches = list(run.corpus.validation(4, 8))[:2]
+    masked = [(idx, targets.clone()) for idx, targets in batches]
+    masked[0][1][:, ::2] = -100
+    half, whole = evaluate(run.model, masked), evaluate(run.model, batches)
+    logits = torch.cat([run.model.eval()(idx)[0] for idx, _ in masked]).flatten(0, 1)
+    targets = torch.cat([targets for _, targets in masked]).flatten()
+    assert half.loss == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-5)
+    counted = targets != -100
+    right = (logits.argmax(-1) == targets)[counted].float().mean().item()
+    assert half.accuracy == pytest.approx(right) and half != whole
+
+
+def test_sampled_evaluation_is_repeatable_and_near(prepared):
+    run = prepared("--eval_mode=sampled", "--eval_iters=40")
+    first, second = trainer.evaluate_splits(run), trainer.evaluate_splits(run)
+    assert first == second
+    assert first[1].loss == pytest.approx(evaluate_exactly(run).loss, rel=0.05)
+    run.step = 1
+    assert trainer.evaluate_splits(run) != first
+
+
+# ---- a whole run -----------------------------------------------------------------------------
+
+
+def test_the_run_folder(trained_run):
+    assert {path.name for path in trained_run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "best",
+        "last",
+    }
+    assert (trained_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((trained_run / "config.json").read_text())
+    assert content["preset"] == "baby-cpu" and content["model"]["n_embd"] == 16
+    assert len(content["data"]["sha256"]) == 64
+
+
+def test_metrics_have_exactly_these_keys(trained_run):
+    lines = (trained_run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    keys = {
+        "eval": ["kind", "step", "train_loss", "val_loss", "val_accuracy", "elapsed_s"],
+        "train": ["kind", "step", "loss", "lr", "step_ms", "tokens_per_s", "mfu"],
+    }
+    for record in records[:-1]:
+        assert list(record) == keys[record["kind"]]
+        assert all(isinstance(record[key], (int, float)) for key in list(record)[1:])
+    steps = {
+        kind: [record["step"] for record in records if record["kind"] == kind]
+        for kind in ("eval", "train", "end")
+    }
+    assert steps == {"eval": [0, 4, 8, 12], "train": [2, 4, 6, 8, 10, 12], "end": [12]}
+    evaluations = [record["val_loss"] for record in records if record["kind"] == "eval"]
+    assert evaluations[-1] < evaluations[0]
+    assert records[-1]["val_loss"] == evaluations[-1]
+    assert records[-1]["val_bits_per_character"] == pytest.approx(evaluations[-1] / math.log(2))
+
+
+def test_best_is_the_best_and_last_the_last(trained_run):
+    evaluations = [r for r in read_metrics(trained_run / "metrics.jsonl") if r["kind"] == "eval"]
+    best = min(evaluations, key=lambda record: record["val_loss"])
+    assert open_checkpoint(trained_run, "best").load_state()["step"] == best["step"]
+    state = open_checkpoint(trained_run, "last").load_state()
+    assert (state["step"], state["best_step"]) == (12, best["step"])
+    assert state["best_val_loss"] == best["val_loss"]
+
+
+def comparable(folder):
+    """metrics.jsonl without what a clock measured."""
+    timed = {"elapsed_s", "step_ms", "tokens_per_s", "mfu", "peak_memory_bytes"}
+    return [
+        {name: value for name, value in record.items() if name not in timed}
+        for record in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def test_the_same_seed_gives_the_same_run(train_main, tiny_flags, trained_run, tmp_path):
+    assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'a'}"]) == 0
+    assert_same_weights(weights_of(trained_run), weights_of(tmp_path / "a"))
+    assert comparable(trained_run) == comparable(tmp_path / "a")
+    assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'b'}", "--seed=1"]) == 0
+    assert comparable(trained_run) != comparable(tmp_path / "b")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [0, 5, 8])
+def test_resuming_is_bit_identical(
+    train_main, tiny_flags, trained_run, tmp_path, monkeypatch, capsys, at, number
+):
+    """Interrupted in step `at`, gone on with: weights, optimizer and metrics are the same."""
+    folder = tmp_path / "run"
+    real = trainer.training_step
+
+    def interrupted(run, batches):
+        if run.step == at:
+            signal.raise_signal(number)
+        return real(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", interrupted)
+        assert train_main([*tiny_flags, f"--out_dir={folder}"]) == 1
+    assert open_checkpoint(folder, "last").load_state()["step"] == at + 1
+    assert f"python train.py --out_dir {folder} --resume" in capsys.readouterr().out
+    assert train_main([f"--out_dir={folder}", "--resume"]) == 0
+    assert_same_weights(weights_of(trained_run), weights_of(folder))
+    a, b = (open_checkpoint(run, "last").load_state()["optimizer"] for run in (trained_run, folder))
+    assert a["state"].keys() == b["state"].keys() and len(a["state"]) > 10
+    for index in a["state"]:
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(a["state"][index][name], b["state"][index][name])
+    assert comparable(folder) == comparable(trained_run)
+
+
+def test_a_crash_between_saves_goes_back_to_the_last(
+    train_main, tiny_flags, trained_run, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    real = trainer.training_step
+
+    def crashing(run, batches):
+        if run.step == 7:
+            raise ZeroDivisionError
+        return real(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", crashing)
+        with pytest.raises(ZeroDivisionError):
+            train_main([*tiny_flags, f"--out_dir={folder}"])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # the line the crash cut off
+    assert open_checkpoint(folder, "last").load_state()["step"] == 4
+    assert train_main([f"--out_dir={folder}", "--resume"]) == 0
+    assert_same_weights(weights_of(trained_run), weights_of(folder))
+    assert comparable(folder) == comparable(trained_run)
+
+
+def test_resume_starts_where_there_is_nothing(train_main, tiny_flags, trained_run, tmp_path):
+    flags = [*tiny_flags, f"--out_dir={tmp_path / 'new'}", "--resume"]
+    assert train_main(flags) == 0
+    assert_same_weights(weights_of(trained_run), weights_of(tmp_path / "new"))
+    assert train_main(flags) == 0  # already done: says so again, changes nothing
+    assert comparable(tmp_path / "new") == comparable(trained_run)
+
+
+def test_a_resumed_run_may_go_further(train_main, tiny_flags, tmp_path):
+    folder = f"--out_dir={tmp_path / 'run'}"
+    assert train_main([*tiny_flags, folder, "--max_iters=5"]) == 0
+    assert train_main([folder, "--resume", "--max_iters=8", "--learning_rate=1e-3"]) == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 4, 5, 8]
+    assert records[-1]["kind"] == "end" and records[-1]["step"] == 8
+    assert [r["lr"] for r in records if r["kind"] == "train"] == [5e-3, 5e-3, 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n_embd=32"], "n_embd is 16 in"),
+        (["--tokenizer=bytes"], "tokenizer is 'char' in"),
+        (["--preset=notebook"], "was started with --preset baby-cpu, not notebook"),
+        (["--data=pydoc"], "is not the text this run was trained on"),
+    ],
+)
+def test_what_resuming_cannot_change(trained_run, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(parse_settings([f"--out_dir={trained_run}", "--resume", *flags]))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    train_main, tiny_flags, tmp_path, monkeypatch, capsys
+):
+    real = trainer.training_step
+
+    def exploding(run, batches):
+        loss = real(run, batches)
+        return loss * float("nan") if run.step == 6 else loss
+
+    monkeypatch.setattr(trainer, "training_step", exploding)
+    assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'run'}"]) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 6" in error and "--resume" in error
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] is None
+    assert open_checkpoint(tmp_path / "run", "last").load_state()["step"] == 4
+
+
+def test_a_full_disk_is_one_line(prepared, monkeypatch):
+    run = prepared()
+    trainer.save(run, "last")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match="No space left.*the checkpoint before is untouched"):
+        trainer.save(run, "last")
+    assert open_checkpoint(run.folder, "last")
+
+
+@pytest.mark.parametrize("model", ["multihead", "head", "bigram-embedding", "bigram"])
+def test_every_rung_trains(train_main, tiny_flags, tmp_path, model):
+    folder = tmp_path / model
+    assert train_main([*tiny_flags, f"--model={model}", f"--out_dir={folder}"]) == 0
+    losses = [r["val_loss"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "eval"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_padded_vocabulary_is_never_sampled(prepared):
+    run = prepared("--vocab_multiple=64")
+    assert run.model.config.vocab_size == 64 > run.corpus.tokenizer.vocab_size
+    with torch.no_grad():
+        run.model.lm_head.bias[run.corpus.tokenizer.vocab_size :] = 1e4
+    trainer.show_sample(run)  # decoding one of them would raise
+
+
+def test_flops_at_the_notebooks_size():
+    """ANCHORS of the design: 1.046 TFLOP dense and 0.058 in attention for 64 x 256 tokens."""
+    from gptcore.config import GPTConfig
+    from gptcore.model import GPT
+
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert trainer.flops_per_step(model, 64) == pytest.approx(1.046e12 + 0.058e12, rel=2e-3)
