@@ -208,9 +208,10 @@ def _backward_kernel(
     cols = tl.arange(0, BLOCK_C)
     mask_c = cols < C
     cols64 = cols[None, :].to(tl.int64)
-    weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
-    dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    if partials_ptr is not None:
+        weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
+        dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if key_ptr is not None:
         seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
         first_row = first * rows_per_sequence.to(tl.uint32)
@@ -229,6 +230,9 @@ def _backward_kernel(
             dweight += dy * xhat
             if HAS_BIAS:
                 dbias += dy
+        else:  # a row so wide that its weights are better read again than kept
+            weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0)
+            weight = weight.to(tl.float32)[None, :]
         g = dy * weight
         mean_g = tl.sum(g, 1)[:, None] / C
         mean_gx = tl.sum(g * xhat, 1)[:, None] / C
