@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gptcore import decoding
 from gptcore.model import GPT, KVCache
 from kernels.rng import SITE_SAMPLE, philox4x32
 
@@ -210,7 +211,8 @@ class _Run:
                     f"got {int(low)} to {int(high)}"
                 )
         B = len(prompts)
-        self.start, longest = min(self.lengths, default=0), max(self.lengths, default=0)
+        longest = max(self.lengths, default=0) if self.is_list else prompts.shape[1]
+        self.start = min(self.lengths, default=longest)
         self.out = torch.zeros(B, longest + max_new_tokens, dtype=torch.int64, device=device)
         if self.is_list:
             for row, prompt in zip(self.out, prompts, strict=True):
@@ -227,6 +229,12 @@ class _Run:
             self.seen = torch.zeros(B, V, dtype=torch.bool, device=device)
             self.seen.scatter_(1, self.out[:, : self.start], True)
         self.cached = cache and isinstance(model, GPT)
+        self.captured = (
+            self.cached
+            and cuda_graph
+            and device.type == "cuda"
+            and not torch.is_autocast_enabled("cuda")
+        )
 
     def __iter__(self) -> Iterator[int]:
         """Fill one column of `out` after the other, each yielded when it is whole."""
@@ -240,19 +248,22 @@ class _Run:
         finally:
             self.model.train(was_training)
 
-    @torch.inference_mode()
     def _steps(self):
-        model, out = self.model, self.out
+        columns = range(self.start, self.out.shape[1] if len(self.out) else 0)
+        return self._captured_steps(columns) if self.captured else self._plain_steps(columns)
+
+    @torch.inference_mode()
+    def _plain_steps(self, columns):
+        model, out, cache = self.model, self.out, None
         block_size = model.config.block_size
-        cache = None
-        for t in range(self.start, out.shape[1] if len(out) else 0):
-            if self.cached and t <= block_size:
-                if cache is None:
-                    cache = KVCache(model.config, len(out), out.device, _compute_dtype(model))
+        is_gpt = isinstance(model, GPT)
+        if self.cached and columns:
+            cache = KVCache(model.config, len(out), out.device, _compute_dtype(model))
+        for t in columns:
+            if cache is not None and t <= block_size:
                 logits = model.next_logits(out[:, cache.length : t], cache)
             else:
                 window = out[:, max(0, t - block_size) : t]
-                is_gpt = isinstance(model, GPT)
                 logits = model.next_logits(window) if is_gpt else model(window)[0][:, -1]
             token = self.sampling.choose(logits, self.u[:, t : t + 1], self.seen)
             if self.ragged:
@@ -261,6 +272,21 @@ class _Run:
                 self.seen.scatter_(1, token, True)
             out[:, t : t + 1] = token
             yield t
+
+    @torch.inference_mode()
+    def _captured_steps(self, columns):
+        model, (B, total) = self.model, self.out.shape
+        arguments = (self.sampling, self.ragged, self.out.device, _compute_dtype(model))
+        key, step = decoding.take_step(model, B, total, *arguments)
+        step.load(model, self.out, self.u, self.length, self.seen, self.start)
+        self.out = step.out[:, :total]
+        try:
+            for t in columns:
+                step.advance(model, t)
+                yield t
+        finally:
+            self.out = self.out.clone()
+            decoding.give_back(model, key, step)
 
     def _stopped(self, t: int) -> bool:
         """Note which texts end with column t; whether all have ended."""

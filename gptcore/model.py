@@ -44,12 +44,16 @@ class KVCache:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Store k, v (B, H, T, D) of one layer; returns all its keys and values so far.
 
-        `length` moves on once, after the last layer, by whoever drives the layers.
+        `length` moves on once, after the last layer, by `advance`.
         """
         start, stop = self.length, self.length + k.shape[2]
         self.keys[layer, :, :, start:stop] = k
         self.values[layer, :, :, start:stop] = v
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def advance(self, T: int):
+        """Count T tokens whose keys and values every layer has appended."""
+        self.length += T
 
     def positions(self, weight: torch.Tensor, T: int) -> torch.Tensor:
         """Of the position embedding's weight (block_size, C), the rows of the next T tokens."""
@@ -177,7 +181,7 @@ class GPT(nn.Module):
             )
             y, x = self._residual(block.mlp_out, h, x, following, p, key, layer, "feedforward")
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return y
 
     def _attention(self, layer, block, y, p, key, cache):

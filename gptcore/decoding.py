@@ -1,0 +1,164 @@
+"""One decoding step whose shapes never change, so that a CUDA graph can hold it.
+
+Positions are tensors on the device: a step reads the last token at `position`, moves on and writes
+the next one, and nothing returns to the host. Attention reads every slot of the cache and masks
+those to come, which `causal_attention`, whose sizes are those of its tensors, cannot; it is the
+one difference to `generation`'s plain loop, and a difference of rounding.
+"""
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from gptcore.model import KVCache
+
+_KEEP_BYTES = 1 << 30  # larger caches are not kept between calls
+_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (key, CapturedStep)
+
+
+class FixedCache(KVCache):
+    """A KVCache whose length is the tensor `position`, (1,) int64: the place of the next token.
+
+    It shares the tensors of `storage`, a KVCache that a prompt is read into.
+    """
+
+    def __init__(self, storage: KVCache, position: torch.Tensor):
+        self.storage, self.position = storage, position
+        self.keys, self.values, self.length = storage.keys, storage.values, 0
+        self.slots = torch.arange(self.keys.shape[3], device=self.keys.device)
+
+    def clear(self):
+        """Hold nothing. Slots to come are masked, but only finite numbers can be masked."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.storage.length = 0
+
+    def positions(self, weight, T):
+        """The next token's row (1, C); called once a forward, it notes what the token sees."""
+        self.visible = (self.slots <= self.position)[None, None, None]  # (1, 1, 1, S)
+        return weight.index_select(0, self.position)
+
+    def attend(self, layer, q, k, v, *, scale, **_):
+        """Attention of one token, q, k, v (B, H, 1, D), over the slots up to its own."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self.position, k)
+        values.index_copy_(2, self.position, v)
+        return F.scaled_dot_product_attention(q, keys, values, self.visible, scale=scale)
+
+    def advance(self, T):
+        """Nothing: whoever drives the steps moves `position`."""
+
+
+class Step:
+    """The state of a batch of texts and the step that lengthens each by one token.
+
+    Attributes:
+        out: (B, capacity) int64, the texts.
+        position: (1,) int64, the column of the last tokens.
+    """
+
+    def __init__(self, model, B, capacity, sampling, ragged, device, dtype):
+        config = model.config
+        self.sampling, self.ragged, self.block_size = sampling, ragged, config.block_size
+        self.out = torch.zeros(B, capacity, dtype=torch.int64, device=device)
+        self.u = torch.zeros(B, capacity, device=device)
+        self.length = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.window = torch.arange(1 - self.block_size, 1, device=device)
+        self.seen = None
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)
+        self.cache = FixedCache(KVCache(config, B, device, dtype), self.position)
+        self.cache.clear()
+
+    def load(self, model, out, u, length, seen, start):
+        """Begin with the tokens out[:, :start] of texts out (B, total <= capacity)."""
+        total = out.shape[1]
+        self.out[:, :total], self.u[:, :total], self.length[:] = out, u, length
+        if seen is not None:
+            self.seen.copy_(seen)
+        self.cache.clear()
+        if 1 < start <= self.block_size:
+            model.hidden(self.out[:, : start - 1], cache=self.cache.storage, last_only=True)
+        self.position.fill_(start - 1)
+
+    def advance(self, model, t: int):
+        """Write column t, which is position + 1."""
+        if t <= self.block_size:
+            self.decode(model)
+        else:
+            self.roll(model)
+
+    def decode(self, model):
+        """Read one token through the cache."""
+        token = self.out.index_select(1, self.position)
+        self._append(model.next_logits(token, self.cache))
+
+    def roll(self, model):
+        """Read the last block_size tokens afresh, as every position embedding has changed."""
+        self._append(model.next_logits(self.out.index_select(1, self.position + self.window)))
+
+    def _append(self, logits):
+        self.position.add_(1)
+        u = self.u.index_select(1, self.position)
+        token = self.sampling.choose(logits, u, self.seen)
+        if self.ragged:
+            given = self.out.index_select(1, self.position)
+            token = torch.where(self.length > self.position, given, token)
+        if self.seen is not None:
+            self.seen.scatter_(1, token, True)
+        self.out.index_copy_(1, self.position, token)
+
+
+class CapturedStep(Step):
+    """A Step on a GPU, replayed from CUDA graphs; one launch a token."""
+
+    def __init__(self, model, *args):
+        super().__init__(model, *args)
+        self.decode_graph = self._capture(self.decode, model, position=0)
+        self.roll_graph = None
+        if self.out.shape[1] > self.block_size:
+            self.roll_graph = self._capture(self.roll, model, position=self.block_size - 1)
+
+    def _capture(self, function, model, position):
+        """Run once for whatever compiles or allocates on first use, then record."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.position.fill_(position)
+            function(model)
+            self.position.fill_(position)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function(model)
+        return graph
+
+    def advance(self, model, t):
+        """Write column t, which is position + 1."""
+        with torch.cuda.device(self.out.device):
+            (self.decode_graph if t <= self.block_size else self.roll_graph).replay()
+
+
+def take_step(model, B, total, sampling, ragged, device, dtype) -> tuple[tuple, CapturedStep]:
+    """A captured step for texts of `total` tokens, and the key to give it back with.
+
+    The model's last one serves again while nothing that the graph has fixed has changed.
+    """
+    capacity = model.config.block_size
+    while capacity < total:
+        capacity *= 2
+    pointers = tuple(parameter.data_ptr() for parameter in model.parameters())
+    key = (B, capacity, sampling, ragged, device, dtype, model.config, pointers)
+    kept_key, step = _kept.pop(model, (None, None))
+    if kept_key != key:
+        with torch.cuda.device(device):
+            step = CapturedStep(model, B, capacity, sampling, ragged, device, dtype)
+    return key, step
+
+
+def give_back(model, key, step: CapturedStep):
+    """Keep `step` for the model's next call; it holds no reference to the model."""
+    if 2 * step.cache.keys.numel() * step.cache.keys.itemsize <= _KEEP_BYTES:
+        _kept[model] = key, step
