@@ -8,13 +8,10 @@ so that weights, optimizer state and step are all that resuming needs.
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
 import platform
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +34,9 @@ from gptcore.config import (
 )
 from gptcore.data import BatchStream, Corpus, load_text
 from gptcore.generation import generate
+from gptcore.log import Log, announce, resume_command, trim_metrics
 from gptcore.model import GPT, build_model
-from gptcore.optim import learning_rate, make_optimizer, set_learning_rate
+from gptcore.optim import apply_schedule, make_optimizer
 from gptcore.tokenizer import tokenizer_for
 from kernels.rng import SITE_EVALUATION, make_key
 
@@ -46,7 +44,6 @@ from kernels.rng import SITE_EVALUATION, make_key
 FIXED_ON_RESUME = ("model", "tokenizer", "vocab_multiple", "val_fraction")
 FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
 EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
-PLOT_EVERY_S = 60.0
 
 
 @dataclass
@@ -139,7 +136,7 @@ def prepare(settings: Settings) -> Run:
     if checkpoint is not None:
         _restore(run, checkpoint)
     (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
-    _trim_metrics(run.folder / "metrics.jsonl", -1 if checkpoint is None else run.step)
+    trim_metrics(run.folder / "metrics.jsonl", -1 if checkpoint is None else run.step)
     return run
 
 
@@ -238,7 +235,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
 def training_step(run: Run, batches: BatchStream) -> torch.Tensor:
     """One update; returns the mean loss before it, on the device."""
     config, total = run.config, None
-    set_learning_rate(run.optimizer, learning_rate(run.step, config))
+    apply_schedule(run.optimizer, run.step, config)
     for first in range(0, config.sequences, config.batch_size):
         idx, targets = batches.batch(run.step, first, config.batch_size)
         key = make_key(config.seed, run.step, first, run.device)
@@ -319,7 +316,7 @@ def train(settings: Settings) -> Path:
     run = prepare(settings)
     config = run.config
     rate = machine.matmul_rate(run.device, run.dtype)
-    _announce(run, rate)
+    announce(run, rate)
     log = Log(run, flops_per_step(run.model, config.sequences) / rate)
     batches = BatchStream(run.corpus, config.seed, config.sequences, run.model.config.block_size)
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
@@ -387,11 +384,6 @@ def show_sample(run: Run) -> None:
     tqdm.write("\n".join("  | " + line for line in text.strip().splitlines()))
 
 
-def resume_command(run: Run) -> str:
-    """What to type to go on."""
-    return f"python train.py --out_dir {run.folder} --resume"
-
-
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set, so that a step ends and is saved; twice kills."""
@@ -414,9 +406,6 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# ---- what is written and shown ---------------------------------------------------------------
-
-
 def flops_per_step(model: nn.Module, sequences: int) -> float:
     """Of forward and backward: 6 per weight and token in matrix products, and causal attention.
 
@@ -429,189 +418,3 @@ def flops_per_step(model: nn.Module, sequences: int) -> float:
     heads = {"GPT": config.n_layer * config.n_head, "NaiveGPT": config.n_layer * config.n_head}
     layers_heads = heads.get(type(model).__name__, 0)
     return 6.0 * sequences * T * (weights + layers_heads * config.D * (T + 1))
-
-
-class Log:
-    """metrics.jsonl, loss.png and the terminal; keeps the run's clock."""
-
-    def __init__(self, run: Run, step_seconds_at_rate: float):
-        self.run, self.step_seconds_at_rate = run, step_seconds_at_rate
-        self.path = run.folder / "metrics.jsonl"
-        self.bar: tqdm | None = None
-        self.started = time.perf_counter() - run.elapsed_s
-        self.plotted = time.perf_counter()
-        self.first_step, self.trained_s = run.step, 0.0
-        self.restart_clock()
-
-    @contextlib.contextmanager
-    def progress_bar(self):
-        """Steps done, steps a second and the time left; silent where there is no terminal."""
-        run = self.run
-        with tqdm(
-            total=run.config.max_iters, initial=run.step, unit="step", disable=None, leave=False
-        ) as self.bar:
-            yield
-
-    def restart_clock(self) -> None:
-        """Begin a new stretch of steps: what happened before is not their time."""
-        self.clock, self.clock_step = time.perf_counter(), self.run.step
-
-    def stepped(self, loss: torch.Tensor) -> None:
-        """After each step; every log_interval steps a line is written (and the device waited for).
-
-        Raises: RunError if the loss is not a number any more.
-        """
-        run, config = self.run, self.run.config
-        self.bar.update()
-        run.elapsed_s = time.perf_counter() - self.started
-        if run.step % config.log_interval:
-            return
-        value = loss.item()
-        now = time.perf_counter()
-        seconds = (now - self.clock) / (run.step - self.clock_step)
-        self.trained_s += now - self.clock
-        self.restart_clock()
-        tokens_per_s = config.sequences * run.model.config.block_size / seconds
-        lr = learning_rate(run.step - 1, config)
-        self.write(
-            kind="train",
-            step=run.step,
-            loss=value,
-            lr=lr,
-            step_ms=1e3 * seconds,
-            tokens_per_s=tokens_per_s,
-            mfu=self.step_seconds_at_rate / seconds,
-        )
-        self.bar.set_postfix_str(f"loss {value:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-        self.stop_unless_finite(value)
-
-    def stop_unless_finite(self, loss: float) -> None:
-        """Raises: RunError if the loss is not a number any more."""
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {self.run.step}; go on from the last checkpoint with "
-                f"a lower --learning_rate or --grad_clip 1: {resume_command(self.run)}"
-            )
-
-    def evaluated(self, training: Evaluation, validation: Evaluation) -> None:
-        """Record and show one evaluation."""
-        run = self.run
-        run.elapsed_s = time.perf_counter() - self.started
-        self.write(
-            kind="eval",
-            step=run.step,
-            train_loss=training.loss,
-            val_loss=validation.loss,
-            val_accuracy=validation.accuracy,
-            elapsed_s=run.elapsed_s,
-        )
-        tqdm.write(
-            f"step {run.step}: train loss {training.loss:.4f}, val loss {validation.loss:.4f} "
-            f"({self.bits_per_character(validation):.3f} bits per character), "
-            f"accuracy {validation.accuracy:.1%}, {run.elapsed_s:.1f} s"
-        )
-        self.stop_unless_finite(validation.loss)
-        if time.perf_counter() - self.plotted > PLOT_EVERY_S:
-            self.plot()
-
-    def bits_per_character(self, validation: Evaluation) -> float:
-        """The loss in bits, per character whatever the tokens are."""
-        corpus = self.run.corpus
-        return validation.loss / math.log(2) * len(corpus.val) / corpus.val_characters
-
-    def finished(self, validation: Evaluation) -> None:
-        """The last lines."""
-        run = self.run
-        run.elapsed_s = time.perf_counter() - self.started
-        memory = machine.peak_memory_bytes(run.device)
-        self.write(
-            kind="end",
-            step=run.step,
-            val_loss=validation.loss,
-            val_accuracy=validation.accuracy,
-            val_bits_per_character=self.bits_per_character(validation),
-            best_val_loss=min(run.best_val_loss, validation.loss),
-            best_step=run.best_step,
-            elapsed_s=run.elapsed_s,
-            peak_memory_bytes=memory,
-        )
-        if run.corpus.text.note:
-            print(f"WARNING: {run.corpus.text.note}")
-        start = "LEONTES:" if "tinyshakespeare" in run.corpus.text.source else "The"
-        print(
-            f"exact validation loss {validation.loss:.4f} "
-            f"({self.bits_per_character(validation):.3f} bits per character, "
-            f"accuracy {validation.accuracy:.1%}) after {run.step} steps in {run.elapsed_s:.1f} s"
-            + (f", peak memory {memory / 2**20:,.0f} MiB" if memory else "")
-            + f"\nrun folder  {run.folder}"
-            f'\nsample it   python -m gptcore sample {run.folder} --start "{start}"'
-        )
-
-    def write(self, **record) -> None:
-        """Append one object to metrics.jsonl; a value that is no number becomes null."""
-        clean = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
-
-    def plot(self) -> None:
-        """loss.png from metrics.jsonl."""
-        self.plotted = time.perf_counter()
-        plot_losses(self.path, self.run.folder / "loss.png")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
-                records.append(record)
-    return records
-
-
-def _trim_metrics(path: Path, step: int) -> None:
-    """Forget what a run did after the checkpoint it resumes from."""
-    kept = [r for r in read_metrics(path) if r["kind"] != "end" and r["step"] <= step]
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def plot_losses(metrics: Path, image: Path) -> None:
-    """Training and validation loss against steps."""
-    from matplotlib.figure import Figure  # slow to import
-
-    records = [record for record in read_metrics(metrics) if record["kind"] == "eval"]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps = [record["step"] for record in records]
-    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
-        axes.plot(steps, [record[name] for record in records], marker=".", label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(image, dpi=120)
-
-
-def _announce(run: Run, rate: float) -> None:
-    """What is about to be trained, on what."""
-    config, corpus, shape = run.config, run.corpus, run.model.config
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    if corpus.text.note:
-        print(f"WARNING: {corpus.text.note}")
-    print(
-        f"data    {corpus.text.source}: {len(corpus.train):,} training and {len(corpus.val):,} "
-        f"validation tokens, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})\n"
-        f"model   {config.model}, {parameters:,} parameters: {shape.n_layer} layers, "
-        f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
-        f"device  {machine.describe(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
-        f"matrix products {rate / 1e9:,.0f} GFLOP/s\n"
-        f"run     {run.folder}, steps {run.step} to {config.max_iters} of "
-        f"{config.sequences} x {shape.block_size} tokens"
-    )

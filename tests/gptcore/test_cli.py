@@ -145,7 +145,7 @@ def test_bad_commands(capsys, argv, message):
 
 
 def test_eval_repeats_the_exact_loss(trained_run, tmp_path, capsys):
-    from gptcore.trainer import read_metrics
+    from gptcore.log import read_metrics
 
     assert main(["eval", str(trained_run), "--checkpoint=last"]) == 0
     end = read_metrics(trained_run / "metrics.jsonl")[-1]

@@ -13,8 +13,9 @@ from gptcore import trainer
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, RunError, TrainConfig, parse_settings
 from gptcore.data import BatchStream
+from gptcore.log import read_metrics
 from gptcore.optim import learning_rate, parameter_groups
-from gptcore.trainer import evaluate, evaluate_exactly, prepare, read_metrics, training_step
+from gptcore.trainer import evaluate, evaluate_exactly, prepare, training_step
 
 
 @pytest.fixture
