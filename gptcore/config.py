@@ -22,6 +22,8 @@ from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "relu2")
 SCALE_RULES = ("n_embd", "head_size")
+SCHEDULES = ("constant", "cosine", "wsd", "cyclic", "onecycle", "exponential")
+CYCLES = ("triangular", "triangular2", "exp_range")
 MODEL_NAMES = ("gpt", "naive", "multihead", "head", "bigram-embedding", "bigram")
 
 
@@ -146,12 +148,40 @@ class TrainConfig:
     batch_size: int = _option(64, "sequences of one forward and backward", least=1)
     gradient_accumulation_steps: int = _option(1, "batches of one step", least=1)
     max_iters: int = _option(5000, "training steps", least=0)
-    optimizer: str = _option("adamw", "adamw", choices=("adamw",))
+    optimizer: str = _option("adamw", "adamw or sgd", choices=("adamw", "sgd"))
     learning_rate: float = _option(3e-4, "peak learning rate", above=0)
-    schedule: str = _option("constant", "constant or cosine", choices=("constant", "cosine"))
-    warmup_iters: int = _option(0, "steps of linear warm-up", least=0)
-    lr_decay_iters: int | None = _option(None, "step where min_lr is reached; default max_iters")
-    min_lr: float = _option(0.0, "learning rate at the end of the schedule", least=0)
+    schedule: str = _option("constant", ", ".join(SCHEDULES), choices=SCHEDULES)
+    warmup_iters: int = _option(
+        0, "steps of linear warm-up (cyclic and onecycle have their own)", least=0
+    )
+    lr_decay_iters: int | None = _option(
+        None, "step where the schedule ends; default max_iters", least=1
+    )
+    min_lr: float = _option(
+        0.0, "lowest learning rate: last of cosine and wsd, first of exponential", least=0
+    )
+    decay_fraction: float = _option(0.2, "wsd: the part of the schedule that falls", above=0)
+    cycle_mode: str = _option("triangular", f"cyclic: {', '.join(CYCLES)}", choices=CYCLES)
+    step_size_up: int | None = _option(
+        None, "cyclic: steps up to the peak; default an eighth of the schedule", least=1
+    )
+    step_size_down: int | None = _option(
+        None, "cyclic: steps down again; default step_size_up", least=1
+    )
+    cycle_gamma: float = _option(0.9995, "cyclic exp_range: peaks shrink by this a step", above=0)
+    pct_start: float = _option(0.3, "onecycle: the part that rises", above=0, below=1)
+    div_factor: float = _option(25.0, "onecycle: starts at learning_rate / this", above=0)
+    final_div_factor: float = _option(1e4, "onecycle: ends at its start / this", above=0)
+    cycle_momentum: bool = _option(
+        True, "cyclic, onecycle: momentum (adamw: beta1) falls as the rate rises"
+    )
+    base_momentum: float | None = _option(
+        None, "lowest cycled momentum; default 0.8, onecycle 0.85", least=0, below=1
+    )
+    max_momentum: float | None = _option(
+        None, "highest cycled momentum; default 0.9, onecycle 0.95", least=0, below=1
+    )
+    momentum: float = _option(0.9, "sgd's, where it is not cycled", least=0, below=1)
     weight_decay: float = _option(0.01, "decoupled weight decay", least=0)
     decay_params: str = _option(
         "matrices", "which parameters decay: matrices or all", choices=("matrices", "all")
@@ -183,6 +213,19 @@ class TrainConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _check_field(field, getattr(self, field.name))
+        if self.schedule not in ("constant", "onecycle") and self.min_lr > self.learning_rate:
+            raise ConfigError(
+                f"min_lr must be at most learning_rate, {self.learning_rate}; got {self.min_lr}"
+            )
+        if self.schedule == "exponential" and self.min_lr == 0:
+            raise ConfigError("min_lr must be above 0 with --schedule exponential; got 0.0")
+        if self.decay_fraction > 1:
+            raise ConfigError(f"decay_fraction must be at most 1; got {self.decay_fraction}")
+
+    @property
+    def schedule_iters(self) -> int:
+        """Steps that the schedule spans."""
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
 
     @property
     def sequences(self) -> int:

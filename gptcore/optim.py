@@ -1,4 +1,9 @@
-"""Optimizer, parameter groups and learning-rate schedules."""
+"""Optimizers, parameter groups, and schedules of learning rate and momentum.
+
+A schedule is a pure function of (step, config), so that resuming needs only the step and a
+captured update only one number. `cyclic` and `onecycle` equal torch's CyclicLR and OneCycleLR
+(Smith 2017, arXiv:1506.01186; Smith & Topin 2018, arXiv:1708.07120), which keep state instead.
+"""
 
 import math
 
@@ -11,20 +16,72 @@ from gptcore.config import TrainConfig
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of update number `step`, counted from 0.
 
-    Linear warm-up over warmup_iters, then constant, or half a cosine down to min_lr at
-    lr_decay_iters and min_lr from there on.
+    end = lr_decay_iters, or max_iters. From end on a schedule stays where it ended, cyclic goes on.
+
+        constant     learning_rate
+        cosine       half a cosine from learning_rate to min_lr at end
+        wsd          learning_rate, the last decay_fraction linearly down to min_lr at end
+        cyclic       between min_lr and learning_rate and back, again and again
+        onecycle     learning_rate / div_factor, up to learning_rate, down to almost nothing
+        exponential  min_lr up to learning_rate, each step the same factor (the range test)
+
+    constant, cosine and wsd are preceded by warmup_iters steps of linear warm-up.
     """
+    peak, low, end = config.learning_rate, config.min_lr, config.schedule_iters
+    if config.schedule == "cyclic":
+        return low + (peak - low) * _cycle_height(step, config)
+    if config.schedule == "onecycle":
+        first = peak / config.div_factor
+        return _one_cycle(step, config, first, peak, first / config.final_div_factor)
+    if config.schedule == "exponential":
+        return low * (peak / low) ** min(1.0, step / max(1, end - 1))
     if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+        return peak * (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
-        return config.learning_rate
-    end = config.lr_decay_iters if config.lr_decay_iters is not None else config.max_iters
+        return peak
     if step >= end:
-        return config.min_lr
-    progress = (step - config.warmup_iters) / (end - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (
-        config.learning_rate - config.min_lr
-    )
+        return low
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_iters) / (end - config.warmup_iters)
+        return low + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - low)
+    return low + (peak - low) * min(1.0, (end - step) / (config.decay_fraction * end))
+
+
+def momentum(step: int, config: TrainConfig) -> float | None:
+    """The momentum (AdamW: beta1) of update number `step`; None where it is not cycled."""
+    if config.schedule not in ("cyclic", "onecycle") or not config.cycle_momentum:
+        return None
+    low, high = (0.8, 0.9) if config.schedule == "cyclic" else (0.85, 0.95)
+    low = low if config.base_momentum is None else config.base_momentum
+    high = high if config.max_momentum is None else config.max_momentum
+    if config.schedule == "cyclic":
+        return high - (high - low) * _cycle_height(step, config)
+    return _one_cycle(step, config, high, low, high)
+
+
+def _cycle_height(step: int, config: TrainConfig) -> float:
+    """Where in [0, 1] a cyclic schedule stands."""
+    up = config.step_size_up or max(1, config.schedule_iters // 8)
+    down = config.step_size_down or up
+    cycle, offset = divmod(step, up + down)
+    height = offset / up if offset <= up else (up + down - offset) / down
+    if config.cycle_mode == "triangular2":
+        return height * 0.5**cycle
+    if config.cycle_mode == "exp_range":
+        return height * config.cycle_gamma**step
+    return height
+
+
+def _one_cycle(step: int, config: TrainConfig, first: float, middle: float, last: float) -> float:
+    """Half a cosine from first to middle, then one to last."""
+    end = config.schedule_iters - 1
+    turn = config.pct_start * config.schedule_iters - 1
+    if step < turn:
+        start, stop, progress = first, middle, step / turn
+    else:
+        start, stop = middle, last
+        progress = min(1.0, (step - turn) / (end - turn))
+    return stop + (start - stop) / 2 * (1 + math.cos(math.pi * progress))
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
@@ -40,13 +97,28 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, fused: one kernel for all parameters of a group."""
+    """AdamW, or SGD with momentum and L2 decay; fused: one kernel for all parameters of a group."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, fused=True
+        )
     return torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
+
+
+def apply_schedule(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
+    """Give `optimizer` the learning rate and momentum of update number `step`."""
+    set_learning_rate(optimizer, learning_rate(step, config))
+    cycled = momentum(step, config)
+    if cycled is None:
+        return
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (cycled, group["betas"][1])
+        else:
+            group["momentum"] = cycled
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
