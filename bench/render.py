@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-OURS_COLOUR = "#c02020"
+OURS_STYLE = {"color": "#c02020", "linewidth": 2.2, "zorder": 3}
 
 
 def quantity(value: float) -> str:
@@ -146,21 +146,31 @@ def growth_text(cases: Iterable[Record], ours: str) -> str:
 # ---- plots -----------------------------------------------------------------------------------
 
 
-def _figure(title: str, xlabel: str, ylabel: str):
+def figure(title: str, xlabel: str, ylabel: str):
+    """A figure and its axes."""
     from matplotlib.figure import Figure  # slow to import; needs no display
 
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.subplots()
+    drawing = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = drawing.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")
-    return figure, axes
+    return drawing, axes
 
 
-def _save(figure, path: Path) -> Path:
+def save(drawing, path: Path) -> Path:
+    """Write a figure as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    drawing.savefig(path, dpi=110)
     return path
+
+
+def log_axis(axes, xs: list[float]) -> None:
+    """Both axes logarithmic, the points of x named."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(xs, [str(x) for x in xs])
+    axes.minorticks_off()
 
 
 def plot_sweeps(question: str, cases: list[Record], ours: str, folder: Path, stem="") -> list[Path]:
@@ -173,14 +183,14 @@ def plot_sweeps(question: str, cases: list[Record], ours: str, folder: Path, ste
         title = f"{question}: {fixed}, {group[0]['dtype']}, " + " ".join(
             f"{k}={v}" for k, v in held.items()
         )
-        figure, axes = _figure(title, axis, "ms (median, quartiles)")
+        drawing, axes = figure(title, axis, "ms (median, quartiles)")
         names = dict.fromkeys(r["name"] for case in group for r in case["results"])
         for name in names:
             points = [(c["shape"][axis], r) for c in group if (r := timed(c, name)) is not None]
             if not points:
                 continue
             xs = [x for x, _ in points]
-            style = {"color": OURS_COLOUR, "linewidth": 2.2, "zorder": 3} if name == ours else {}
+            style = OURS_STYLE if name == ours else {}
             (line,) = axes.plot(xs, [r["median_ms"] for _, r in points], "o-", label=name, **style)
             axes.fill_between(
                 xs,
@@ -191,12 +201,10 @@ def plot_sweeps(question: str, cases: list[Record], ours: str, folder: Path, ste
             )
         xs = [case["shape"][axis] for case in group]
         axes.plot(xs, [c["limit_ms"] for c in group], "k--", label="least time (measured rates)")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(xs, [str(x) for x in xs])
+        log_axis(axes, xs)
         axes.legend(fontsize=8)
         name = "-".join([stem + question, *fixed.replace("+", "-").replace("=", "").split(), axis])
-        paths.append(_save(figure, folder / f"{name}.png"))
+        paths.append(save(drawing, folder / f"{name}.png"))
     return paths
 
 
@@ -216,7 +224,7 @@ def plot_roofline(record: Record, ours: str, folder: Path, stem="") -> list[Path
         return []
     copy = max(roof["copy_gbps"] for roof in roofs)
     peak = 1e3 * max(roof["matmul_tflops"] for roof in roofs)
-    figure, axes = _figure(f"roofline: {record['environment']['device']}", "FLOP / byte", "GFLOP/s")
+    drawing, axes = figure(f"roofline: {record['environment']['device']}", "FLOP / byte", "GFLOP/s")
     intensities = [x for group in points.values() for x, _ in group]
     low, high = min(*intensities, peak / copy) / 2, max(*intensities, peak / copy) * 2
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
@@ -226,4 +234,4 @@ def plot_roofline(record: Record, ours: str, folder: Path, stem="") -> list[Path
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
-    return [_save(figure, folder / f"{stem}roofline.png")]
+    return [save(drawing, folder / f"{stem}roofline.png")]

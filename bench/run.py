@@ -2,6 +2,7 @@
 
 import importlib
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from bench import record as recording
 from bench import render
 from bench.__main__ import DEFAULT_SECONDS, QUESTIONS, QUICK_SECONDS
 from bench.harness import OURS, Budget, Options, run_cases
-from bench.peers import PEERS, SDPA_BACKENDS
+from bench.peers import PEERS, SDPA_BACKENDS, SDPA_WARNINGS
 from bench.timing import Stopwatch, ceilings
 from gptcore.config import ConfigError
 from gptcore.machine import pick_device
@@ -66,6 +67,7 @@ def run(
 ) -> int:
     """Ask `questions` one after the other; exit code 1 if anything of ours failed its check."""
     options = options_of(given, nanogpt)
+    warnings.filterwarnings("ignore", message=SDPA_WARNINGS, category=UserWarning)
     record = recording.new(argv, options.device)
     stopwatch = Stopwatch(options.device)
     show_environment(record)

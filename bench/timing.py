@@ -23,6 +23,7 @@ import torch
 SHORT = 2e-4  # seconds; below it a CPU sample holds several calls
 SAMPLE = 1e-3  # seconds such a sample lasts at least
 MIN_ROUNDS = 5
+FEW_ROUNDS = 3  # where MIN_ROUNDS would take over twice the time that is left
 
 Call = Callable[[], object]
 
@@ -111,7 +112,8 @@ def measure(
 
     Args:
         contestants: by name; at least one. They run once to warm up before they come here.
-        seconds: how long to go on, but never less than MIN_ROUNDS rounds.
+        seconds: how long to go on, but never less than MIN_ROUNDS rounds (FEW_ROUNDS of calls
+            that take very long).
         flush: False where the work itself passes the caches many times over.
     """
     once = {name: min(stopwatch.once(call) for _ in range(2)) for name, call in contestants.items()}
@@ -122,7 +124,8 @@ def measure(
     round_seconds = sum(once.values()) * calls
     if cold:
         round_seconds += len(contestants) * stopwatch.once(stopwatch.flush)
-    rounds = max(MIN_ROUNDS, min(max_rounds, int(seconds / max(round_seconds, 1e-9))))
+    least = MIN_ROUNDS if MIN_ROUNDS * round_seconds <= 2 * max(seconds, 1) else FEW_ROUNDS
+    rounds = max(least, min(max_rounds, int(seconds / max(round_seconds, 1e-9))))
     names = list(contestants)
     ms: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()

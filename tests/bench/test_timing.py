@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from bench.selfcheck import agree, repeated, slowed
-from bench.timing import MIN_ROUNDS, SelfTimed, Stopwatch, Summary, measure, paired_ratio, summarise
+from bench.timing import (
+    FEW_ROUNDS,
+    MIN_ROUNDS,
+    SelfTimed,
+    Stopwatch,
+    Summary,
+    measure,
+    paired_ratio,
+    summarise,
+)
 
 CPU = torch.device("cpu")
 
@@ -127,9 +136,11 @@ def test_contestants_take_turns_and_the_order_turns_too():
 
 def test_time_is_kept_but_never_below_the_least_number_of_rounds():
     machine = Machine()
-    calls = {"op": machine.work("op", 1.0)}
-    assert len(measure(calls, stopwatch(machine), seconds=0.1).ms["op"]) == MIN_ROUNDS
-    assert len(measure(calls, stopwatch(machine), seconds=20.0).ms["op"]) == 20
+    rounds = [
+        len(measure({"op": machine.work("op", units)}, stopwatch(machine), seconds=s).ms["op"])
+        for units, s in ((0.1, 0.01), (1.0, 20.0), (60.0, 20.0))
+    ]
+    assert rounds == [MIN_ROUNDS, 20, FEW_ROUNDS]
 
 
 def test_short_calls_are_sampled_many_at_a_time_and_warm():
