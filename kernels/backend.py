@@ -46,6 +46,10 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
 
 # `triton.jit` looks once, when kernels are imported; so does this, and torch.compile can read it.
 _INTERPRETING = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+if _INTERPRETING:
+    from kernels import interpreter
+
+    interpreter.repair()
 
 
 def interpreting() -> bool:
