@@ -67,13 +67,12 @@ def _check_range(op, targets, V, ignore_index):
 
 @jit
 def _cross_entropy_kernel(
-    logits_ptr,  # (M, V)
+    logits_ptr,  # (M, V), columns contiguous
     targets_ptr,  # (M,) int64
     scales_ptr,  # (M,) float32 factors of the rows of dlogits; read if SCALED
     losses_ptr,  # (M,) float32
-    dlogits_ptr,  # (M, V), may be logits_ptr; written if GRADIENT
+    dlogits_ptr,  # (M, V), columns contiguous; may be logits_ptr; written if GRADIENT
     stride_zm,
-    stride_zv,
     stride_tm,
     stride_dm,
     M,
@@ -98,7 +97,7 @@ def _cross_entropy_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     if ONE_BLOCK:
         mask = mask_m[:, None] & (offs_v < columns)[None, :]
-        z = tl.load(logits_ptrs + offs_v[None, :] * stride_zv, mask=mask, other=0.0)
+        z = tl.load(logits_ptrs + offs_v[None, :], mask=mask, other=0.0)
         z = tl.where((offs_v < V)[None, :], z.to(tl.float32), float("-inf"))
         m = tl.max(z, 1)
         m = tl.where(m == float("-inf"), 0.0, m)
@@ -107,14 +106,14 @@ def _cross_entropy_kernel(
         picked = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), 1)
     else:
         # Every thread has passed the barriers of the reductions below before any overwrites it.
-        picked_ptrs = logits_ptr + rows * stride_zm + target * stride_zv
+        picked_ptrs = logits_ptr + rows * stride_zm + target
         picked = tl.load(picked_ptrs, mask=mask_m & in_range, other=0.0).to(tl.float32)
         m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, columns, BLOCK_V):
             offs = start + offs_v
             mask = mask_m[:, None] & (offs < columns)[None, :]
-            z = tl.load(logits_ptrs + offs[None, :].to(tl.int64) * stride_zv, mask=mask, other=0.0)
+            z = tl.load(logits_ptrs + offs[None, :], mask=mask, other=0.0)
             z = tl.where((offs < V)[None, :], z.to(tl.float32), float("-inf"))
             m_new = tl.maximum(m, tl.max(z, 1))
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -139,9 +138,7 @@ def _cross_entropy_kernel(
             for start in range(0, columns, BLOCK_V):
                 offs = start + offs_v
                 mask = mask_m[:, None] & (offs < columns)[None, :]
-                z = tl.load(
-                    logits_ptrs + offs[None, :].to(tl.int64) * stride_zv, mask=mask, other=0.0
-                )
+                z = tl.load(logits_ptrs + offs[None, :], mask=mask, other=0.0)
                 z = tl.where((offs < V)[None, :], z.to(tl.float32), float("-inf"))
                 p = tl.exp(z - m[:, None]) * (1.0 / l)[:, None]
                 dz = (p - (offs[None, :] == label[:, None]).to(tl.float32)) * scale[:, None]
@@ -185,7 +182,7 @@ def _scale_kernel(
     x_ptr,  # (M, K), contiguous
     gradient_ptr,  # (M,), or one element with stride_gm = 0
     factor_ptr,  # () float32
-    y_ptr,  # (M, K), contiguous; may be x_ptr
+    y_ptr,  # (M, K), contiguous
     stride_gm,
     M,
     K,
@@ -238,7 +235,7 @@ def _launch_cross_entropy(logits, targets, scales, losses, dlogits, columns, ign
         losses if scales is None else scales,
         losses,
         logits if dlogits is None else dlogits,
-        *logits.stride(),
+        logits.stride(0),
         targets.stride(0),
         0 if dlogits is None else dlogits.stride(0),
         M,
@@ -295,9 +292,9 @@ def _launch_scale(x, gradient, factor, y):
 # --- Binding of cross_entropy ---------------------------------------------------------------------
 
 
-def _op(name: str, function: Callable, mutates_args: Sequence[str] = ()) -> Any:
+def _op(name: str, function: Callable) -> Any:
     """`function` as an operator that is its own fake: fake tensors launch nothing."""
-    op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=mutates_args)
+    op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
     op.register_fake(function)
     return op
 
@@ -311,6 +308,7 @@ def _cross_entropy_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, factor, gradient of the sum) of logits (M, V); the mean's factor is 1 / N."""
     M, V = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     losses = logits.new_empty(M, dtype=torch.float32)
     dlogits = logits.new_empty((M, V) if needs_gradient else (0, V))
     _launch_cross_entropy(
@@ -330,14 +328,8 @@ def _scale(
     return y
 
 
-def _scale_in_place(x: torch.Tensor, gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """x *= gradient * factor."""
-    _launch_scale(x, gradient, factor, x)
-
-
 _cross_entropy_op = _op("cross_entropy", _cross_entropy_forward)
 _scale_op = _op("scale", _scale)
-_scale_in_place_op = _op("scale_", _scale_in_place, mutates_args=("x",))
 
 
 def _save_cross_entropy(ctx, inputs, output):
@@ -349,9 +341,11 @@ def _save_cross_entropy(ctx, inputs, output):
 
 @once_differentiable
 def _cross_entropy_backward(ctx, gradient, *_):
+    if gradient is None:
+        return (None,) * 5
     factor, dlogits = ctx.saved_tensors
     dlogits = _scale_op(dlogits, gradient, factor, dlogits.dtype)
-    return dlogits, None, None, None, None
+    return (dlogits, *[None] * 4)
 
 
 _cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_save_cross_entropy)
@@ -475,38 +469,37 @@ def _save_linear_cross_entropy(ctx, inputs, output):
     ctx.mark_non_differentiable(factor, *gradients)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, targets, factor)
-    # Handed over to the first backward, which scales them in place; a second one, rare enough,
-    # computes them again. Saved with save_for_backward they could not be overwritten.
+    # Not saved but owned, so that the backward frees each as soon as it is scaled.
     ctx.gradients = gradients
 
 
 @once_differentiable
 def _linear_cross_entropy_backward(ctx, gradient, *_):
+    if gradient is None:
+        return (None,) * 10
     x, weight, bias, targets, factor = ctx.saved_tensors
     ignore_index, reduction, dtype, needs_gradients, backend = ctx.settings
     gradients, ctx.gradients = ctx.gradients, None
     scales = None
     if reduction == "none":
-        gradients, scales, gradient = None, gradient.contiguous(), torch.ones_like(factor)
-    if gradients is None:
+        scales, gradient, gradients = gradient.contiguous(), torch.ones_like(factor), None
+    if gradients is None:  # every row has its own scale; or this is a second backward
         _, _, *gradients = _linear_cross_entropy_op(
             x, weight, bias, targets, scales, ignore_index, "sum", dtype, needs_gradients, backend
         )
-    results = [
-        _scaled(total, gradient, factor, tensor.dtype, backend) if needed else None
-        for total, tensor, needed in zip(gradients, (x, weight, bias), needs_gradients, strict=True)
-    ]
-    return *results, *[None] * 7
+    results = [None] * 10
+    for i, tensor in reversed(list(enumerate((x, weight, bias)))):
+        total = gradients.pop()
+        if needs_gradients[i]:
+            results[i] = _scaled(total, gradient, factor, tensor.dtype, backend)
+    return tuple(results)
 
 
 def _scaled(x, gradient, factor, dtype, backend):
-    """x * gradient * factor in `dtype`, in place if x has it."""
-    if backend == "eager":
-        return x.mul_(gradient * factor).to(dtype)
-    if x.dtype != dtype:
+    """x * gradient * factor in `dtype`."""
+    if backend == "triton":
         return _scale_op(x, gradient, factor, dtype)
-    _scale_in_place_op(x, gradient, factor)
-    return x
+    return (x * (gradient * factor)).to(dtype)
 
 
 _linear_cross_entropy_op.register_autograd(
