@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ACTIVATIONS = ("relu", "gelu", "relu2")
+ACTIVATIONS = ("relu", "gelu", "relu2", "gelu_erf")
 SCALE_RULES = ("n_embd", "head_size")
 SCHEDULES = ("constant", "cosine", "wsd", "cyclic", "onecycle", "exponential")
 CYCLES = ("triangular", "triangular2", "exp_range")
@@ -113,7 +113,7 @@ MODEL_HELP = {
     "bias": "biases of projection, feed-forward and LayerNorm",
     "head_bias": "bias of the output head",
     "tied_head": "the output head shares the token embedding",
-    "activation": "relu, gelu or relu2",
+    "activation": "relu, gelu (tanh), relu2 or gelu_erf (exact; nanoGPT's, not fused)",
     "attention_scale": "scores times n_embd**-0.5 or head_size**-0.5",
     "init": "notebook or gpt2",
     "backend": "of the fused ops: auto, triton or eager",

@@ -172,13 +172,7 @@ class GPT(nn.Module):
             else:
                 o = self._attention(layer, block, y, p, key, cache)
             y, x = self._residual(block.proj, o, x, block.ln_2, p, key, layer, "projection")
-            h = linear_act(
-                y,
-                block.mlp_in.weight,
-                block.mlp_in.bias,
-                activation=config.activation,
-                backend=config.backend,
-            )
+            h = self._activated(block.mlp_in, y)
             y, x = self._residual(block.mlp_out, h, x, following, p, key, layer, "feedforward")
         if cache is not None:
             cache.advance(T)
@@ -213,6 +207,15 @@ class GPT(nn.Module):
         attend = causal_attention if cache is None else functools.partial(cache.attend, layer)
         o = attend(q, k, v, scale=config.scale, backend=config.backend)  # (B, H, 1, D)
         return o.transpose(1, 2).flatten(-2)
+
+    def _activated(self, linear, y):
+        """(B, T, C) -> (B, T, 4 C)."""
+        config = self.config
+        if config.activation == "gelu_erf":  # of imported checkpoints; no fused op computes erf
+            return F.gelu(linear(y))
+        return linear_act(
+            y, linear.weight, linear.bias, activation=config.activation, backend=config.backend
+        )
 
     def _residual(self, linear, h, x, ln, p, key, layer, place):
         """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""

@@ -19,6 +19,7 @@ ACTIVATION_MODULES = {
     "relu": nn.ReLU,
     "gelu": lambda: nn.GELU(approximate="tanh"),
     "relu2": lambda: ReLUSquared(),
+    "gelu_erf": nn.GELU,
 }
 
 

@@ -35,6 +35,7 @@ SHAPES = {
         9,
     ),
     "relu2": (BASE.replace(activation="relu2"), 2, 6),
+    "gelu_erf": (BASE.replace(activation="gelu_erf"), 1, 9),
 }
 
 
