@@ -520,11 +520,14 @@ def embed(
     if dropout_p:
         shape = torch.Size((*idx.shape, token_weight.shape[1]))
         keep = _keep_rows(key, site, shape, dropout_p)
-    arguments = idx, token_weight, position_weight, position, keep, rng.dropout_scale(dropout_p)
-    if torch.compiler.is_compiling():
-        return _EagerEmbed.apply(*arguments)
+    scale = rng.dropout_scale(dropout_p)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+        x = F.embedding(idx, token_weight)
+        if position_weight is not None:
+            x = x + position_weight[position : position + idx.shape[1]]
+        return x if keep is None else torch.where(keep, x, 0.0) * scale
     try:
-        return _EagerEmbed.apply(*arguments)
+        return _EagerEmbed.apply(idx, token_weight, position_weight, position, keep, scale)
     except IndexError:
         V = token_weight.shape[0]
         wrong = idx[(idx < 0) | (idx >= V)]
