@@ -165,7 +165,7 @@ def test_batches_are_windows_and_targets_are_one_ahead(corpus):
 
 
 def test_every_start_is_possible_and_none_runs_over():
-    corpus = corpus_of("abcdefghij" * 2)  # 18 training tokens: starts 0..13 for block 4
+    corpus = corpus_of("abcdefghijklmnopqrst")  # 18 training tokens: starts 0..13 for block 4
     idx, targets = corpus.batch(make_key(1, 1), 500, 4)
     assert {tuple(row) for row in idx.tolist()} == {
         tuple(corpus.train[s : s + 4].tolist()) for s in range(14)

@@ -246,8 +246,9 @@ def test_the_same_seed_gives_the_same_run(train_main, tiny_flags, trained_run, t
     assert comparable(trained_run) != comparable(tmp_path / "b")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [0, 5, 8])
+@pytest.mark.parametrize(
+    ("at", "number"), [(0, signal.SIGTERM), (3, signal.SIGINT), (8, signal.SIGTERM)]
+)
 def test_resuming_is_bit_identical(
     train_main, tiny_flags, trained_run, tmp_path, monkeypatch, capsys, at, number
 ):
