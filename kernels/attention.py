@@ -18,7 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from kernels import attention_eager, attention_kernels
 from kernels.backend import autocast_dtype, resolve
-from kernels.rng import check_dropout, check_key, dropout_keep_mask, dropout_scale
+from kernels.rng import (
+    check_dropout,
+    check_key,
+    dropout_keep_mask,
+    dropout_scale,
+    dropout_threshold,
+)
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,11 +47,38 @@ def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0)
     return p @ v
 
 
-def _without_dropout(q, k, v, scale):
-    """SDPA, whose is_causal aligns top-left and so serves square scores only."""
-    Tq, Tk = q.shape[2], k.shape[2]
+def _transforming():
+    """Whether torch.func runs: its tensors have no memory of their own, only ops may touch them."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# Up to here the plain form is one block anyway, and autograd in C++ beats ours in Python.
+_SMALL = 1 << 16  # probabilities
+
+
+def _small_or_inference(q, k, v, key, scale, dropout_p, site):
+    """The eager calls that need no blocks; None for the others."""
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    traced = torch.compiler.is_compiling() or _transforming()
+    small = B * H * Tq * Tk <= _SMALL and q.dtype in (torch.float32, torch.float64)
+    if small and not traced:
+        p = (q * scale) @ k.mT
+        if Tq > 1:
+            p = p + attention_eager.above_diagonal(Tq, Tk, p.dtype, p.device)
+        p = p.softmax(-1)
+        if dropout_p:
+            whole = slice(0, B), slice(0, H)
+            keep = attention_eager.keep_block(key, site, dropout_p, H, whole, slice(0, Tq), Tk)
+            p = p * keep.view(B, H, Tq, Tk)
+            v = v * dropout_scale(dropout_p)
+        return p @ v
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if dropout_p or needs_gradient or scale <= 0:
+        # SDPA's backward on the CPU is five times less exact than the equation, and it takes
+        # neither dropout in blocks nor scales that are not positive.
+        return None
     mask = None
-    if 1 < Tq < Tk:
+    if 1 < Tq < Tk:  # SDPA's is_causal aligns top-left
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     causal = 1 < Tq == Tk
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
@@ -110,11 +143,6 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _transforming():
-    """Whether torch.func runs: its tensors have no memory of their own, only ops may touch them."""
-    return torch._C._are_functorch_transforms_active()
-
-
 class _Attention(torch.autograd.Function):
     """The eager binding of `_forward` and `_backward`."""
 
@@ -124,6 +152,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
+        if do is None:
+            return (None,) * 8
         run = _backward_op if _transforming() else _backward
         return *run(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
@@ -137,6 +167,8 @@ class _AttentionQKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
+        if do is None:
+            return (None,) * 6
         run = _backward_qkv_op if _transforming() else _backward_qkv
         return run(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
@@ -152,19 +184,17 @@ _forward_op, _backward_op = _op(_forward), _op(_backward)
 _forward_qkv_op, _backward_qkv_op = _op(_forward_qkv), _op(_backward_qkv)
 
 
-def _saved_like(q, k, backend):
-    return _ENGINES[backend].saved_like(q, k)
-
-
 @_forward_op.register_fake
 def _(q, k, v, key, scale, dropout_p, site, backend):
-    return torch.empty_like(q), _saved_like(q, k, backend)
+    return torch.empty_like(q), _ENGINES[backend].saved_like(q, k, dropout_p)
 
 
 @_forward_qkv_op.register_fake
 def _(qkv, key, scale, dropout_p, site, backend):
     q, k, _ = _heads(qkv)
-    return qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]), _saved_like(q, k, backend)
+    return qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]), _ENGINES[backend].saved_like(
+        q, k, dropout_p
+    )
 
 
 @_backward_op.register_fake
@@ -190,7 +220,7 @@ _forward_qkv_op.register_autograd(_op_backward_qkv, setup_context=_setup_context
 
 
 def _check(op, q, k, v, scale, dropout_p, backend):
-    """Raise unless the tensors and numbers fit each other; returns (backend, scale)."""
+    """Raise unless tensors and numbers fit each other; returns backend, scale, dropout_p."""
     D = q.shape[-1]
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"{op}: head size must be in 1..{MAX_HEAD_DIM}; got {D}")
@@ -205,12 +235,14 @@ def _check(op, q, k, v, scale, dropout_p, backend):
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite; got {scale}")
     check_dropout(op, dropout_p)
+    if dropout_threshold(dropout_p) == 0:
+        dropout_p = 0.0
     backend = resolve(op, backend, q, k, v)
     allowed = DTYPES if backend == "triton" else (*DTYPES, torch.float64)
     if q.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{op}: dtype must be one of {names} with backend {backend}; got {q.dtype}")
-    return backend, scale
+    return backend, scale, float(dropout_p)
 
 
 def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, backend="auto"):
@@ -241,16 +273,13 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
         raise ValueError(f"{op}: k and v must have one shape; got k {shapes[1]}, v {shapes[2]}")
     if shapes[0][:2] != shapes[1][:2] or shapes[0][3] != shapes[1][3]:
         raise ValueError(f"{op}: q and k must agree in B, H, D; got q {shapes[0]}, k {shapes[1]}")
-    dtype = autocast_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend, scale = _check(op, q, k, v, scale, dropout_p, backend)
-    dropout_p = float(dropout_p)
-    if dropout_p == 0:
-        key = None
-        if backend == "eager":
-            return _without_dropout(q, k, v, scale)
-    else:
-        key = check_key(op, key, q.device)
+    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
+    backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, backend)
+    key = check_key(op, key, q.device) if dropout_p else None
+    if backend == "eager":
+        o = _small_or_inference(q, k, v, key, scale, dropout_p, site)
+        if o is not None:
+            return o
     if backend == "triton" and scale <= 0:
         # The kernels' running maximum takes a positive scale.
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
@@ -263,7 +292,7 @@ def causal_attention_qkv(qkv, *, scale=None, dropout_p=0.0, key=None, site=0, ba
 
     Args:
         qkv: (B, T, 3, H, D), any strides; the rest as in `causal_attention`.
-    Returns: o (B, T, H, D), contiguous, dtype of qkv. The gradient of qkv is one tensor.
+    Returns: o (B, T, H, D), dtype of qkv. The gradient of qkv is one tensor.
     Raises: as `causal_attention`.
     """
     op = "causal_attention_qkv"
@@ -271,14 +300,12 @@ def causal_attention_qkv(qkv, *, scale=None, dropout_p=0.0, key=None, site=0, ba
         raise ValueError(f"{op}: qkv must be (B, T, 3, H, D); got {tuple(qkv.shape)}")
     qkv = qkv.to(autocast_dtype(qkv))
     q, k, v = _heads(qkv)
-    backend, scale = _check(op, q, k, v, scale, dropout_p, backend)
-    dropout_p = float(dropout_p)
-    if dropout_p == 0:
-        key = None
-        if backend == "eager":
-            return _without_dropout(q, k, v, scale).transpose(1, 2)
-    else:
-        key = check_key(op, key, qkv.device)
+    backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, backend)
+    key = check_key(op, key, qkv.device) if dropout_p else None
+    if backend == "eager":
+        o = _small_or_inference(q, k, v, key, scale, dropout_p, site)
+        if o is not None:
+            return o.transpose(1, 2)
     if backend == "triton" and scale <= 0:
         options = {"scale": scale, "dropout_p": dropout_p, "key": key, "site": site}
         return causal_attention(q, k, v, backend=backend, **options).transpose(1, 2)

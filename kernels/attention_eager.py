@@ -1,4 +1,4 @@
-"""`kernels.attention` with dropout in plain PyTorch: the CPU path.
+"""`kernels.attention` in plain PyTorch: the CPU path.
 
 SDPA refuses its flash kernel where there is dropout, and holds every probability several times
 over. Here blocks of planes and queries stay in the cache, stop at the diagonal, and leave one bit
@@ -58,17 +58,19 @@ class _Scratch:
         """softmax of q (planes, R, D) and the keys k (planes, N, D) it sees, the last R in part."""
         (P, R, _), N = q.shape, k.shape[1]
         s = torch.bmm(q, k.mT, out=self("scores", P, R, N))
-        s[:, :, -R:].add_(_above_diagonal(R, self.dtype, self.device))
+        if R > 1:
+            s[:, :, -R:].add_(above_diagonal(R, R, self.dtype, self.device))
         return torch.softmax(s, -1, out=self("probabilities", P, R, N))
 
 
-@functools.lru_cache(maxsize=8)
-def _above_diagonal(R, dtype, device):
-    """What is added to the scores of a block's own positions: -inf above the diagonal."""
-    return torch.full((R, R), float("-inf"), dtype=dtype, device=device).triu_(1)
+@functools.lru_cache(maxsize=16)
+def above_diagonal(Tq, Tk, dtype, device):
+    """(Tq, Tk), to be added to scores: -inf where a key comes after the query, else 0."""
+    mask = torch.full((Tq, Tk), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(1 + Tk - Tq)
 
 
-def _keep_block(key, site, dropout_p, H, chunk, rows, visible):
+def keep_block(key, site, dropout_p, H, chunk, rows, visible):
     """(planes, R, visible) bool of one block."""
     batch, heads = chunk
     b = torch.arange(batch.start, batch.stop, device=key.device)
@@ -120,13 +122,14 @@ def forward(q, k, v, o, key, scale, dropout_p, site):
         v_planes = scratch.planes("v", v[chunk], dropout_scale(dropout_p))
         for rows, visible in _query_blocks(Tq, Tk):
             p = scratch.probabilities(q_planes[:, rows], k_planes[:, :visible])
-            keep = _keep_block(key, site, dropout_p, H, chunk, rows, visible)
-            packed.append(_pack(keep))
-            p *= keep
+            if dropout_p:
+                keep = keep_block(key, site, dropout_p, H, chunk, rows, visible)
+                packed.append(_pack(keep))
+                p *= keep
             o_rows = o[chunk][:, :, rows]
             out = scratch("o", len(p), o_rows.shape[2], D)
             o_rows.copy_(torch.bmm(p, v_planes[:, :visible], out=out).view(o_rows.shape))
-    return torch.cat(packed) if packed else saved_like(q, k)
+    return torch.cat(packed) if packed else saved_like(q, k, dropout_p)
 
 
 @_without_autocast
@@ -144,12 +147,16 @@ def backward(do, q, k, v, o, packed, dq, dk, dv, key, scale, dropout_p, site):
         for rows, visible in _query_blocks(Tq, Tk):
             q_rows, do_rows = q_planes[:, rows], do_planes[:, rows]
             p = scratch.probabilities(q_rows, k_planes[:, :visible])
-            bits, packed = _unpack(packed, p.shape)
-            keep = scratch("keep", *p.shape).copy_(bits)
             dp = torch.bmm(do_rows, v_planes[:, :visible].mT, out=scratch("scores", *p.shape))
+            if dropout_p:
+                bits, packed = _unpack(packed, p.shape)
+                keep = scratch("keep", *p.shape).copy_(bits)
+                dp.mul_(keep)
             ds = scratch("ds", *p.shape)
-            torch._softmax_backward_data(dp.mul_(keep), p, -1, p.dtype, grad_input=ds)
-            dv_planes[:, :visible].baddbmm_(p.mul_(keep).mT, do_rows)
+            torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=ds)
+            if dropout_p:
+                p.mul_(keep)
+            dv_planes[:, :visible].baddbmm_(p.mT, do_rows)
             dk_planes[:, :visible].baddbmm_(ds.mT, q_rows)
             dq_rows = dq[chunk][:, :, rows]
             out = torch.bmm(ds, k_planes[:, :visible], out=scratch("dq", *q_rows.shape))
@@ -158,11 +165,13 @@ def backward(do, q, k, v, o, packed, dq, dk, dv, key, scale, dropout_p, site):
         dv[chunk] = dv_planes.view(dv[chunk].shape)
 
 
-def saved_like(q, k):
+def saved_like(q, k, dropout_p):
     """An empty tensor like what `forward` returns."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
     on_cpu = q.device.type == "cpu"
     size = 0
+    if not dropout_p:
+        return q.new_empty(0, dtype=torch.uint8 if on_cpu else torch.bool)
     for batch, heads in _chunks(B, H, Tq, Tk):
         planes = (batch.stop - batch.start) * (heads.stop - heads.start)
         for rows, visible in _query_blocks(Tq, Tk):

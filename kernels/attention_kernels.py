@@ -413,6 +413,6 @@ def backward(
     )
 
 
-def saved_like(q, k):
+def saved_like(q, k, dropout_p):
     """An empty tensor like what `forward` returns."""
     return q.new_empty(q.shape[:3], dtype=torch.float32)

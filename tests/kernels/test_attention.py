@@ -1,0 +1,529 @@
+"""Causal attention, both backends, against the equation in float64."""
+
+import contextlib
+import re
+
+import pytest
+import torch
+
+from kernels import attention, attention_eager, causal_attention, causal_attention_qkv
+from kernels.attention import attention_reference
+from kernels.rng import dropout_keep_mask, make_key
+from kernels.verify import compare
+
+BACKENDS = ("eager", "triton")
+SITE = 20
+
+
+@pytest.fixture(autouse=True)
+def _triton_or_skip(request):
+    parameters = getattr(request.node, "callspec", None)
+    if parameters and parameters.params.get("backend") == "triton":
+        pytest.importorskip("triton", reason="needs triton")
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Fresh memory holds NaN, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def draw(shape, device, dtype=torch.float32, seed=0):
+    """q, k, v, do of (B, H, Tq, Tk, D), standard normal."""
+    B, H, Tq, Tk, D = shape
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(B, H, T, D, generator=generator).to(device, dtype) for T in (Tq, Tk, Tk, Tq)
+    ]
+
+
+def gradients_of(function, tensors, do):
+    """{"o", "dq", "dk", "dv"} of function(q, k, v)."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    o = function(*tensors)
+    return dict(
+        zip(
+            ("o", "dq", "dk", "dv"),
+            (o.detach(), *torch.autograd.grad(o, tensors, do)),
+            strict=True,
+        )
+    )
+
+
+def packed(q, k, v, **options):
+    """`causal_attention` through the packed form."""
+    qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)
+    return causal_attention_qkv(qkv, **options).transpose(1, 2)
+
+
+def comparisons(tensors, do, function=causal_attention, **options):
+    """The 2x rule for o, dq, dk, dv."""
+    reference_options = {k: v for k, v in options.items() if k != "backend"}
+
+    def plain(q, k, v):
+        return attention_reference(q, k, v, **reference_options)
+
+    with poisoned():
+        actual = gradients_of(lambda *x: function(*x, **options), tensors, do)
+    in_dtype = gradients_of(plain, tensors, do)
+    exact = gradients_of(plain, [x.double() for x in tensors], do.double())
+    return [compare(name, actual[name], in_dtype[name], exact[name]) for name in exact]
+
+
+def check(tensors, do, **options):
+    for comparison in comparisons(tensors, do, **options):
+        assert comparison.passed, str(comparison)
+
+
+def name(shape):
+    return "B{}-H{}-T{}x{}-D{}".format(*shape)
+
+
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 16, 16, 8),
+    (1, 2, 31, 31, 16),
+    (2, 1, 33, 33, 85),
+    (1, 2, 32, 48, 24),
+    (1, 2, 17, 50, 5),
+    (3, 2, 1, 40, 64),
+    (1, 1, 18, 18, 256),
+]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids="p{}".format)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_2x_rule(backend, shape, dropout_p, device):
+    *tensors, do = draw(shape, device)
+    key = make_key(5, 9, device=device)
+    check(tensors, do, dropout_p=dropout_p, key=key, site=SITE, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_2x_rule_half(backend, dtype, device):
+    *tensors, do = draw((2, 2, 37, 37, 32), device, dtype)
+    key = make_key(5, 9, 3, device=device)
+    check(tensors, do, dropout_p=0.2, key=key, site=SITE, backend=backend)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_2x_rule_random_shapes(backend, seed, device):
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    Tq = integer(1, 50)
+    shape = integer(1, 2), integer(1, 3), Tq, Tq + integer(0, 20), integer(1, 96)
+    scale = -0.3 if seed == 0 else integer(1, 9) / 10
+    *tensors, do = draw(shape, device, seed=seed)
+    key = make_key(seed, 1, device=device)
+    options = {"scale": scale, "dropout_p": integer(1, 8) / 10, "key": key, "site": SITE}
+    check(tensors, do, backend=backend, **options)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_2x_rule_packed(backend, dropout_p, device):
+    *tensors, do = draw((2, 3, 40, 40, 24), device)
+    key = make_key(1, 2, 3, device=device)
+    options = {"dropout_p": dropout_p, "key": key, "site": SITE, "backend": backend}
+    check(tensors, do, function=packed, **options)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4], ids="p{}".format)
+@pytest.mark.parametrize("elements", [1, 500, 3000, None])
+def test_eager_blocks(elements, dropout_p, device, monkeypatch):
+    """Every way of cutting planes and queries, one plane at a time included."""
+    monkeypatch.setattr(attention, "_SMALL", 0)
+    if elements:
+        monkeypatch.setattr(attention_eager, "_BLOCK_QUERIES", 16)
+        monkeypatch.setattr(attention_eager, "_BLOCK_ELEMENTS", elements)
+    *tensors, do = draw((3, 4, 37, 41, 8), device)
+    key = make_key(1, 2, 3, device=device)
+    check(tensors, do, dropout_p=dropout_p, key=key, site=SITE, backend="eager")
+    check(tensors[:1] + [x[:, :, :37] for x in tensors[1:]], do, function=packed, backend="eager")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 0.5])
+@pytest.mark.parametrize("function", [causal_attention, packed], ids=["split", "packed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_of_any_sign(backend, function, scale, device):
+    *tensors, do = draw((1, 2, 20, 20, 8), device)
+    check(tensors, do, function=function, scale=scale, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_views(backend, device):
+    q, k, v, _ = draw((2, 3, 21, 35, 16), device)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    k = k.mT.contiguous().mT
+    v = torch.cat([v, v], dim=-1)[..., ::2]
+    do = torch.ones((), device=device).expand(q.shape)
+    key = make_key(1, 2, device=device)
+    check([q, k, v], do, dropout_p=0.2, key=key, site=SITE, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_logit(backend, device):
+    *tensors, do = draw((1, 1, 40, 40, 16), device)
+    tensors[0][0, 0, 7] *= 1e4
+    tensors[0][0, 0, 8] *= -1e4
+    check(tensors, do, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, device):
+    qkv = torch.empty(0, 8, 3, 2, 16, device=device, requires_grad=True)
+    o = causal_attention_qkv(qkv, dropout_p=0.1, backend=backend)
+    o.sum().backward()
+    assert o.shape == (0, 8, 2, 16) and qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causal_to_the_bit(backend, dropout_p, device):
+    """What token 21 is changes nothing before it."""
+    q, k, v, _ = draw((1, 2, 40, 40, 16), device)
+    options = {"dropout_p": dropout_p, "key": make_key(1, 2, device=device), "backend": backend}
+    before = causal_attention(q, k, v, **options)
+    for x in (q, k, v):
+        x[:, :, 21] += 100
+    after = causal_attention(q, k, v, **options)
+    assert torch.equal(before[:, :, :21], after[:, :, :21])
+    assert not torch.equal(before[:, :, 21:], after[:, :, 21:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_matches_the_whole(backend, device):
+    q, k, v, _ = draw((2, 2, 40, 40, 16), device)
+    key = make_key(1, 2, device=device)
+    options = {"dropout_p": 0.3, "key": key, "site": SITE, "backend": backend}
+    whole = causal_attention(q, k, v, **options)
+    for last in (1, 3):
+        tail = causal_attention(q[:, :, -last:], k, v, **options)
+        torch.testing.assert_close(tail, whole[:, :, -last:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_is_dropout_keep_mask(backend, device):
+    """With v the identity, o is the dropped softmax itself."""
+    T, p = 40, 0.3
+    q, k, _, _ = draw((2, 2, T, T, T), device)
+    v = torch.eye(T, device=device).expand(2, 2, T, T)
+    key = make_key(2**32 - 1, 2**31, 5, device=device)
+    o = causal_attention(q, k, v, dropout_p=p, key=key, site=SITE, backend=backend)
+    keep = dropout_keep_mask(key, SITE, range(10, 14), T, T, p).view(2, 2, T, T)
+    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    assert torch.equal(o != 0, keep & seen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_split_draws_the_same_masks(backend, device):
+    q, k, v, _ = draw((4, 3, 20, 20, 8), device)
+
+    def run(part, first):
+        key = make_key(1, 2, first, device=device)
+        options = {"dropout_p": 0.3, "key": key, "site": SITE, "backend": backend}
+        return causal_attention(q[part], k[part], v[part], **options)
+
+    whole = run(slice(None), 0)
+    parts = [run(slice(i, i + 2), i) for i in (0, 2)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reruns_are_bit_identical(backend, device):
+    *tensors, do = draw((2, 2, 40, 40, 16), device)
+    options = {"dropout_p": 0.2, "key": make_key(1, 2, device=device), "backend": backend}
+    first, second = (
+        gradients_of(lambda *x: causal_attention(*x, **options), tensors, do) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_manual_seed_governs_calls_without_a_key(device):
+    q, k, v, _ = draw((1, 1, 16, 16, 8), device)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(causal_attention(q, k, v, dropout_p=0.5))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4], ids="p{}".format)
+@pytest.mark.parametrize("Tq", [1, 3, 5])
+def test_gradcheck(Tq, dropout_p, monkeypatch):
+    monkeypatch.setattr(attention, "_SMALL", 0)
+    tensors = [x.double().requires_grad_() for x in draw((2, 2, Tq, 5, 3), "cpu")[:3]]
+    options = {"dropout_p": dropout_p, "key": make_key(3, 4), "backend": "eager"}
+    assert torch.autograd.gradcheck(lambda *x: causal_attention(*x, **options), tensors)
+
+
+def test_offsets_past_32_bits():
+    """Batch and time strides of more than 2**31 elements; only the pages touched exist."""
+    small = draw((2, 1, 2, 2, 16), "cpu", torch.float16)[:3]
+    storage = torch.empty(2**32 + 2**20, dtype=torch.float16)
+    large = []
+    for index, x in enumerate(small):
+        view = storage.as_strided(x.shape, (2**31 + 64, 64, 2**31 + 2**17, 1), 4096 * index)
+        large.append(view.copy_(x))
+    expected = causal_attention(*small, backend="triton")
+    assert torch.equal(causal_attention(*large, backend="triton"), expected)
+
+
+# Bindings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, device):
+    q, k, v, do = draw((2, 2, 9, 12, 8), device)
+    qkv = torch.randn(2, 9, 3, 2, 8, device=device, requires_grad=True)
+    key = make_key(1, 2, device=device)
+    arguments = key, 0.3, 0.2, SITE, backend
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(attention._forward_op, (*inputs, *arguments))
+    torch.library.opcheck(attention._forward_qkv_op, (qkv, *arguments))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_and_func_grad(backend, dropout_p, device):
+    key = make_key(1, 2, device=device)
+    options = {"dropout_p": dropout_p, "key": key, "site": SITE, "backend": backend}
+
+    def split(qkv):
+        return causal_attention(*qkv.permute(2, 0, 3, 1, 4), **options).square().sum()
+
+    def whole(qkv):
+        return causal_attention_qkv(qkv, **options).square().sum()
+
+    for function in (split, whole):
+        qkv = torch.randn(2, 9, 3, 2, 8, device=device, requires_grad=True)
+        (expected,) = torch.autograd.grad(function(qkv), qkv)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        (actual,) = torch.autograd.grad(compiled(qkv), qkv)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(torch.func.grad(function)(qkv.detach()), expected)
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, qkv, key):
+            return causal_attention_qkv(qkv, dropout_p=0.2, key=key)
+
+    arguments = torch.randn(2, 9, 3, 2, 8), make_key(1, 2)
+    exported = torch.export.export(Module(), arguments).module()
+    torch.testing.assert_close(exported(*arguments), Module()(*arguments))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+def test_autocast(dropout_p, device):
+    qkv = torch.randn(1, 9, 3, 2, 8, device=device, requires_grad=True)
+    key = make_key(1, 2, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        o = causal_attention_qkv(qkv, dropout_p=dropout_p, key=key)
+    o.sum().backward()
+    half = qkv.detach().bfloat16().requires_grad_()
+    expected = causal_attention_qkv(half, dropout_p=dropout_p, key=key)
+    assert torch.equal(o, expected) and qkv.grad.dtype == torch.float32
+
+
+def test_second_derivative_is_refused(monkeypatch):
+    monkeypatch.setattr(attention, "_SMALL", 0)
+    qkv = torch.randn(1, 4, 3, 1, 8, requires_grad=True)
+    o = causal_attention_qkv(qkv, dropout_p=0.2)
+    (gradient,) = torch.autograd.grad(o.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# Damage: each must turn the 2x rule red ---------------------------------------------------------
+
+DAMAGES = {
+    "mask off by one": ("Tk", lambda value: value - 1),
+    "scale": ("qk_scale", lambda value: value * 1.001),
+    "keep scale": ("keep_scale", lambda value: value * 1.001),
+    "wrong site": ("site", lambda value: value + 1),
+    "threshold off by a tenth": ("threshold", lambda value: value + 6554),
+    "gradient scale": ("dq_scale", lambda value: value * 1.001),
+    "gradient scale of keys": ("dk_scale", lambda value: value * 1.001),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_launch_is_seen(damage, device, monkeypatch):
+    pytest.importorskip("triton", reason="needs triton")
+    from kernels import attention_kernels
+
+    argument, change = DAMAGES[damage]
+    launch = attention_kernels.backend.launch
+
+    def damaged(kernel, grid, *args, **kwargs):
+        args = [
+            change(value) if name == argument else value
+            for name, value in zip(kernel.arg_names, args, strict=False)
+        ]
+        launch(kernel, grid, *args, **kwargs)
+
+    monkeypatch.setattr(attention_kernels.backend, "launch", damaged)
+    *tensors, do = draw((1, 1, 20, 25, 16), device)
+    options = {"dropout_p": 0.2, "key": make_key(1, 2, device=device), "site": SITE}
+    results = comparisons(tensors, do, backend="triton", **options)
+    assert not all(result.passed for result in results)
+
+
+@pytest.mark.parametrize("damage", ["wrong plane", "wrong row", "mask not packed in order"])
+def test_damaged_eager_mask_is_seen(damage, monkeypatch):
+    monkeypatch.setattr(attention, "_SMALL", 0)
+    keep_mask, unpack = attention_eager.dropout_keep_mask, attention_eager._unpack
+
+    def damaged(key, site, planes, rows, cols, p):
+        planes = planes + (damage == "wrong plane")
+        shift = damage == "wrong row"
+        return keep_mask(key, site, planes, range(rows.start + shift, rows.stop + shift), cols, p)
+
+    def reversed_bits(packed, shape):
+        keep, rest = unpack(packed, shape)
+        return keep.flip(-1), rest
+
+    if damage == "mask not packed in order":
+        monkeypatch.setattr(attention_eager, "_unpack", reversed_bits)
+    else:
+        monkeypatch.setattr(attention_eager, "dropout_keep_mask", damaged)
+    *tensors, do = draw((1, 1, 20, 20, 16), "cpu")
+    options = {"dropout_p": 0.2, "key": make_key(1, 2), "site": SITE, "backend": "eager"}
+    assert not all(result.passed for result in comparisons(tensors, do, **options))
+
+
+# Bad input -------------------------------------------------------------------------------------
+
+
+def zeros(*shape, **options):
+    return torch.zeros(shape, **options)
+
+
+A = zeros(2, 3, 4, 8)
+BAD_INPUT = {
+    "not 4-D": (
+        (zeros(2, 4, 8), A, A),
+        {},
+        ValueError,
+        "q, k, v must be (B, H, T, D); got (2, 4, 8), (2, 3, 4, 8), (2, 3, 4, 8)",
+    ),
+    "k unlike v": (
+        (A, A, zeros(2, 3, 5, 8)),
+        {},
+        ValueError,
+        "k and v must have one shape; got k (2, 3, 4, 8), v (2, 3, 5, 8)",
+    ),
+    "heads": (
+        (zeros(2, 1, 4, 8), A, A),
+        {},
+        ValueError,
+        "q and k must agree in B, H, D; got q (2, 1, 4, 8), k (2, 3, 4, 8)",
+    ),
+    "more queries than keys": (
+        (zeros(2, 3, 5, 8), A, A),
+        {},
+        ValueError,
+        "queries must number at least 1 and at most as many as keys; got 5 queries, 4 keys",
+    ),
+    "head size": (
+        (zeros(1, 1, 4, 257),) * 3,
+        {},
+        ValueError,
+        "head size must be in 1..256; got 257",
+    ),
+    "dtypes": (
+        (A, A.half(), A),
+        {},
+        TypeError,
+        "q, k, v must agree in dtype; got torch.float32, torch.float16, torch.float32",
+    ),
+    "dtype": (
+        (A.int(),) * 3,
+        {},
+        TypeError,
+        "dtype must be one of float32, float16, bfloat16, float64 with backend eager; "
+        "got torch.int32",
+    ),
+    "double on triton": (
+        (A.double(),) * 3,
+        {"backend": "triton"},
+        TypeError,
+        "dtype must be one of float32, float16, bfloat16 with backend triton; got torch.float64",
+    ),
+    "devices": (
+        (A, A.to("meta"), A.to("meta")),
+        {},
+        ValueError,
+        "all tensors must be on one device; got cpu, meta",
+    ),
+    "scale": ((A, A, A), {"scale": float("nan")}, ValueError, "scale must be finite; got nan"),
+    "dropout": (
+        (A, A, A),
+        {"dropout_p": 1.0},
+        ValueError,
+        "dropout_p must be in [0, 1); got 1.0",
+    ),
+    "key dtype": (
+        (A, A, A),
+        {"dropout_p": 0.1, "key": torch.zeros(2)},
+        TypeError,
+        "key must be an int64 tensor; got torch.float32",
+    ),
+    "backend": (
+        (A, A, A),
+        {"backend": "cuda"},
+        ValueError,
+        "backend must be one of auto, triton, eager; got 'cuda'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case):
+    arguments, options, error, message = BAD_INPUT[case]
+    with pytest.raises(error, match=re.escape(f"causal_attention: {message}")):
+        causal_attention(*arguments, **options)
+
+
+def test_bad_packed_input():
+    message = "causal_attention_qkv: qkv must be (B, T, 3, H, D); got (2, 4, 2, 3, 8)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        causal_attention_qkv(zeros(2, 4, 2, 3, 8))
+
+
+# On a device ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+@pytest.mark.parametrize("D", [32, 64, 85, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_2x_rule_compiled(dtype, D, dropout_p, device):
+    *tensors, do = draw((2, 3, 300, 300, D), device, dtype)
+    key = make_key(5, 9, 3, device=device)
+    check(tensors, do, dropout_p=dropout_p, key=key, site=SITE, backend="triton")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_masks_follow_the_key(device):
+    qkv = torch.randn(2, 64, 3, 2, 64, device=device)
+    key = make_key(1, 0, device=device)
+    causal_attention_qkv(qkv, dropout_p=0.5, key=key)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = causal_attention_qkv(qkv, dropout_p=0.5, key=key)
+    for step in (0, 1):
+        key[1] = step
+        graph.replay()
+        assert torch.equal(o, causal_attention_qkv(qkv, dropout_p=0.5, key=key))
