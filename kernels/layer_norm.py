@@ -37,11 +37,10 @@ def _keep_rows(key, site: int, shape, dropout_p: float) -> torch.Tensor:
     """The mask, bool of `shape` (..., C), of activations that start at sequence key[2]."""
     if torch.compiler.is_compiling():
         return _keep_rows_op(key, site, shape, dropout_p)
-    rows_per_sequence = shape[1:-1].numel()
-    rows = shape[0] * rows_per_sequence if len(shape) > 1 else 1
-    start = rows_per_sequence * int(key[2]) if key.numel() == 3 else 0
-    keep = dropout_keep_mask(key, site, 1, range(start, start + rows), shape[-1], dropout_p)
-    return keep.view(shape)
+    rows = torch.arange(shape[:-1].numel(), device=key.device)
+    if key.numel() == 3:
+        rows += key[2] * shape[1:-1].numel()
+    return dropout_keep_mask(key, site, 1, rows, shape[-1], dropout_p).view(shape)
 
 
 @torch.library.custom_op("kernels::keep_rows", mutates_args=())
@@ -94,7 +93,8 @@ def _eager_layer_norm(x, weight, bias, eps, y_dtype):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     elif bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
-    return F.layer_norm(x, weight.shape, weight, bias, eps).to(y_dtype)
+    y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return y if y_dtype == y.dtype else y.to(y_dtype)
 
 
 def _eager_dropout_add(x, residual, dropout_p, key, site):
@@ -155,7 +155,7 @@ def _forward_kernel(
         if key_ptr is not None:
             seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
             row = first * rows_per_sequence.to(tl.uint32) + rows.to(tl.uint32)
-            keep = rng.keep_tile(seed, step, seed ^ seed, site, row, 0, threshold, BLOCK_C)
+            keep = rng.keep_tile(seed, step, 0, site, row, 0, threshold, BLOCK_C)
             x = tl.where(keep, x * scale, 0.0)
         new_residual = (residual + x).to(new_residual_ptr.dtype.element_ty)
         tl.store(new_residual_ptr + offsets, new_residual, mask)
@@ -181,9 +181,9 @@ def _backward_kernel(
     mean_ptr,  # (M,)
     rstd_ptr,  # (M,)
     key_ptr,  # (2,) or (3,) or None
-    dr_ptr,  # (M, C) contiguous, or None
+    dr_ptr,  # (M, C) contiguous
     dx_ptr,  # (M, C) contiguous, or None: dropout'(dr)
-    partials_ptr,  # (2, P, C) float32: dweight, dbias; or None
+    partials_ptr,  # (2, P, C) float32: dweight, dbias
     M,
     stride_dym,
     stride_dyc,
@@ -208,10 +208,9 @@ def _backward_kernel(
     cols = tl.arange(0, BLOCK_C)
     mask_c = cols < C
     cols64 = cols[None, :].to(tl.int64)
-    if partials_ptr is not None:
-        weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
-        dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if key_ptr is not None:
         seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
         first_row = first * rows_per_sequence.to(tl.uint32)
@@ -226,13 +225,9 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + rows, mask_m, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask_m, other=0.0)[:, None]
         xhat = (r.to(tl.float32) - mean) * rstd
-        if partials_ptr is not None:
-            dweight += dy * xhat
-            if HAS_BIAS:
-                dbias += dy
-        else:  # a row so wide that its weights are better read again than kept
-            weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0)
-            weight = weight.to(tl.float32)[None, :]
+        dweight += dy * xhat
+        if HAS_BIAS:
+            dbias += dy
         g = dy * weight
         mean_g = tl.sum(g, 1)[:, None] / C
         mean_gx = tl.sum(g * xhat, 1)[:, None] / C
@@ -242,19 +237,81 @@ def _backward_kernel(
                 dnew_ptr + rows[:, None] * stride_dnm + cols64 * stride_dnc, mask, other=0.0
             )
             dr += dnew.to(tl.float32)
-        if dr_ptr is not None:
-            tl.store(dr_ptr + offsets, dr.to(dr_ptr.dtype.element_ty), mask)
+        tl.store(dr_ptr + offsets, dr.to(dr_ptr.dtype.element_ty), mask)
         if dx_ptr is not None:
             if key_ptr is not None:
                 row = first_row + rows.to(tl.uint32)
-                keep = rng.keep_tile(seed, step, seed ^ seed, site, row, 0, threshold, BLOCK_C)
+                keep = rng.keep_tile(seed, step, 0, site, row, 0, threshold, BLOCK_C)
                 dr = tl.where(keep, dr * scale, 0.0)
             tl.store(dx_ptr + offsets, dr.to(dx_ptr.dtype.element_ty), mask)
-    if partials_ptr is not None:
-        partials_ptr += program * C
-        tl.store(partials_ptr + cols, tl.sum(dweight, 0), mask_c)
-        if HAS_BIAS:
-            tl.store(partials_ptr + P * C + cols, tl.sum(dbias, 0), mask_c)
+    partials_ptr += program * C
+    tl.store(partials_ptr + cols, tl.sum(dweight, 0), mask_c)
+    if HAS_BIAS:
+        tl.store(partials_ptr + P * C + cols, tl.sum(dbias, 0), mask_c)
+
+
+@jit(do_not_specialize=["site", "threshold", "rows_per_sequence"])
+def _wide_backward_kernel(
+    dy_ptr,  # (M, C)
+    dnew_ptr,  # (M, C) or None: gradient of the new residual
+    r_ptr,  # (M, C): what was normalised
+    weight_ptr,  # (C,)
+    mean_ptr,  # (M,)
+    rstd_ptr,  # (M,)
+    key_ptr,  # (2,) or (3,) or None
+    dr_ptr,  # (M, C) contiguous
+    dx_ptr,  # (M, C) contiguous, or None: dropout'(dr)
+    stride_dym,
+    stride_dyc,
+    stride_dnm,
+    stride_dnc,
+    stride_rm,
+    stride_rc,
+    stride_w,
+    site,
+    threshold,
+    scale,
+    rows_per_sequence,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+):
+    """Program i owns row i, in pieces: once for the two means, once more, from cache, for dr."""
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    row = tl.program_id(0).to(tl.int64)
+    dy_ptr += row * stride_dym
+    r_ptr += row * stride_rm
+    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+    sum_g = tl.zeros((1, BLOCK_C), tl.float32)
+    sum_gx = tl.zeros((1, BLOCK_C), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        cols = (start + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+        mask = cols < C
+        g = tl.load(dy_ptr + cols * stride_dyc, mask, other=0.0).to(tl.float32)
+        g *= tl.load(weight_ptr + cols * stride_w, mask, other=0.0).to(tl.float32)
+        sum_g += g
+        sum_gx += g * (tl.load(r_ptr + cols * stride_rc, mask, other=0.0).to(tl.float32) - mean)
+    mean_g = tl.sum(sum_g) / C
+    mean_gx = tl.sum(sum_gx) * rstd / C
+    for start in range(0, C, BLOCK_C):
+        cols = (start + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+        mask = cols < C
+        g = tl.load(dy_ptr + cols * stride_dyc, mask, other=0.0).to(tl.float32)
+        g *= tl.load(weight_ptr + cols * stride_w, mask, other=0.0).to(tl.float32)
+        xhat = tl.load(r_ptr + cols * stride_rc, mask, other=0.0).to(tl.float32)
+        xhat = (xhat - mean) * rstd
+        dr = (g - mean_g - xhat * mean_gx) * rstd
+        if dnew_ptr is not None:
+            dnew = tl.load(dnew_ptr + row * stride_dnm + cols * stride_dnc, mask, other=0.0)
+            dr += dnew.to(tl.float32)
+        tl.store(dr_ptr + row * C + cols, dr.to(dr_ptr.dtype.element_ty), mask)
+        if dx_ptr is not None:
+            if key_ptr is not None:
+                seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
+                c1 = first * rows_per_sequence.to(tl.uint32) + rows.to(tl.uint32)
+                keep = rng.keep_tile(seed, step, 0, site, c1, start, threshold, BLOCK_C)
+                dr = tl.where(keep, dr * scale, 0.0)
+            tl.store(dx_ptr + row * C + cols, dr.to(dx_ptr.dtype.element_ty), mask)
 
 
 @jit
@@ -326,22 +383,29 @@ def forward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan
     )
 
 
+WIDE_C = 8192  # beyond it a row and its columns' sums no longer fit in registers together
+
+
 def backward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
     """Eight warps share a tile of 4,096 values and keep the columns' sums in registers.
 
-    Partial sums are (programs, C), so programs are few and large. Above 8,192 channels the sums
-    no longer fit beside the row; then `_parameter_gradient_kernel` computes them apart.
+    Partial sums are (programs, C), so programs are few and large. Wide rows go in pieces, one
+    program a row, and `_parameter_gradient_kernel` sums the columns.
     """
+    if C > WIDE_C:
+        return LayerNormPlan(BLOCK_M=1, BLOCK_C=4096, num_warps=8)
     BLOCK_C = max(16, _next_power_of_two(C))
     return LayerNormPlan(
         BLOCK_M=max(1, min(32, 4096 // BLOCK_C)),
         BLOCK_C=BLOCK_C,
-        num_warps=8 if BLOCK_C <= 4096 else 16,
+        num_warps=max(8, BLOCK_C // 512),
         programs=2 if BLOCK_C <= 4096 else 1,
     )
 
 
-LARGEST_FUSED_BLOCK_C = 8192
+def parameter_gradient_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
+    """Tiles of whole 512-byte pieces of rows; with some 64 column tiles, 8 programs share each."""
+    return LayerNormPlan(BLOCK_M=16, BLOCK_C=256, num_warps=8, programs=8)
 
 
 def _next_power_of_two(n: int) -> int:
@@ -436,12 +500,8 @@ def _backward(
     dx = torch.empty(r.shape if distinct else 0, dtype=x_dtype, device=device)
     architecture = backend.architecture(device)
     plan = backward_plan(architecture, C, x_dtype)
-    fused = plan.BLOCK_C <= LARGEST_FUSED_BLOCK_C
-    P = _programs(architecture, device, plan.programs)
-    partials = torch.empty(1 + (bias_dtype is not None), P, C, device=device)
-    backend.launch(
-        _backward_kernel,
-        (P,),
+    has_bias = bias_dtype is not None
+    tensors = (
         dy,
         None if dnew is None else dnew_rows,
         rows,
@@ -451,49 +511,63 @@ def _backward(
         key if dropout_p else None,
         dr,
         dx if distinct else None,
-        partials if fused else None,
+    )
+    strides = (*dy.stride(), *dnew_rows.stride(), *rows.stride(), weight.stride(0))
+    constants = {
+        **_dropout_arguments(r.shape, dropout_p, site),
+        "C": C,
+        "BLOCK_C": plan.BLOCK_C,
+        "HAS_FIRST": key is not None and key.numel() == 3,
+        "num_warps": plan.num_warps,
+    }
+    if plan.programs:
+        P = _programs(architecture, device, plan.programs)
+        partials = torch.empty(1 + has_bias, P, C, device=device)
+        backend.launch(
+            _backward_kernel,
+            (P,),
+            *tensors,
+            partials,
+            M,
+            *strides,
+            P=P,
+            BLOCK_M=plan.BLOCK_M,
+            HAS_BIAS=has_bias,
+            **constants,
+        )
+    else:
+        backend.launch(_wide_backward_kernel, (M,), *tensors, *strides, **constants)
+        partials = _parameter_gradients(dy, rows, mean, rstd, has_bias)
+    dtypes = (weight.dtype, bias_dtype) if has_bias else (weight.dtype,)
+    dweight, *dbias = sum_partials(partials, *dtypes)
+    return dr, dx, dweight, dbias[0] if has_bias else dweight.new_empty(0)
+
+
+def _parameter_gradients(dy, rows, mean, rstd, has_bias: bool) -> torch.Tensor:
+    """Partial sums (1 or 2, P, C) of dweight and dbias for wide rows."""
+    (M, C), device = rows.shape, rows.device
+    plan = parameter_gradient_plan(backend.architecture(device), C, rows.dtype)
+    P = plan.programs
+    partials = torch.empty(1 + has_bias, P, C, device=device)
+    backend.launch(
+        _parameter_gradient_kernel,
+        (-(-C // plan.BLOCK_C), P),
+        dy,
+        rows,
+        mean,
+        rstd,
+        partials,
         M,
         *dy.stride(),
-        *dnew_rows.stride(),
         *rows.stride(),
-        weight.stride(0),
-        **_dropout_arguments(r.shape, dropout_p, site),
         P=P,
         C=C,
         BLOCK_M=plan.BLOCK_M,
         BLOCK_C=plan.BLOCK_C,
-        HAS_FIRST=key is not None and key.numel() == 3,
-        HAS_BIAS=bias_dtype is not None,
+        HAS_BIAS=has_bias,
         num_warps=plan.num_warps,
     )
-    if not fused:
-        P = max(1, P // 16)
-        partials = torch.empty(1 + (bias_dtype is not None), P, C, device=device)
-        BLOCK_M, BLOCK_C = 16, 256
-        backend.launch(
-            _parameter_gradient_kernel,
-            (-(-C // BLOCK_C), P),
-            dy,
-            rows,
-            mean,
-            rstd,
-            partials,
-            M,
-            *dy.stride(),
-            *rows.stride(),
-            P=P,
-            C=C,
-            BLOCK_M=BLOCK_M,
-            BLOCK_C=BLOCK_C,
-            HAS_BIAS=bias_dtype is not None,
-            num_warps=8,
-        )
-    if bias_dtype is None:
-        (dweight,) = sum_partials(partials, weight.dtype)
-        dbias = torch.empty(0, dtype=weight.dtype, device=device)
-    else:
-        dweight, dbias = sum_partials(partials, weight.dtype, bias_dtype)
-    return dr, dx, dweight, dbias
+    return partials
 
 
 def _programs(architecture: str, device: torch.device, per_multiprocessor: int) -> int:

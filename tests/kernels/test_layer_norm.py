@@ -160,10 +160,11 @@ def test_layer_norm_obeys_the_2x_rule(device, backend, bias, dtype):
     )
 
 
-def test_wide_rows_sum_parameter_gradients_apart(device, monkeypatch):
-    """Beyond 8,192 channels another kernel computes dweight and dbias; here it does at 300."""
-    monkeypatch.setattr(module, "LARGEST_FUSED_BLOCK_C", 16)
-    inputs, gradients = make_inputs(device, (2, 20, 300), torch.float32)
+def test_wide_rows_go_in_pieces(device, monkeypatch):
+    """Other kernels do the backward beyond 8,192 channels; here at 100, in pieces of 32."""
+    wide = module.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
+    monkeypatch.setattr(module, "backward_plan", lambda *_: wide)
+    inputs, gradients = make_inputs(device, (2, 5, 100), torch.float32)
     key = make_key(3, 5, device=device)
     fused = {"dropout_p": 0.2, "key": key, "site": SITE, "backend": "triton"}
     assert_passed(
@@ -507,9 +508,12 @@ def test_plans_cover_every_width():
     """Tiles hold a row, are powers of two and leave a thread at most 64 values."""
     architectures, widths = ("sm_80", "sm_90", "gfx942"), (1, 7, 384, 768, 1024, 4096, 16384)
     for architecture, C in itertools.product(architectures, widths):
-        for plan in (
-            module.forward_plan(architecture, C, torch.bfloat16),
-            module.backward_plan(architecture, C, torch.bfloat16),
-        ):
-            assert plan.BLOCK_C >= C and plan.BLOCK_C & (plan.BLOCK_C - 1) == 0
+        forward, backward = (
+            plan(architecture, C, torch.bfloat16)
+            for plan in (module.forward_plan, module.backward_plan)
+        )
+        assert forward.BLOCK_C >= C
+        assert backward.BLOCK_C >= C if backward.programs else C > module.WIDE_C
+        for plan in (forward, backward):
+            assert plan.BLOCK_C & (plan.BLOCK_C - 1) == 0
             assert plan.BLOCK_M * plan.BLOCK_C <= 64 * 32 * plan.num_warps
