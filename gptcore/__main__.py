@@ -1,7 +1,7 @@
 """python -m gptcore: what to do with a trained run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from gptcore.config import ConfigError, Parser, run_command
 
@@ -37,6 +37,11 @@ def _add_sample(parser: Parser) -> None:
     )
     parser.add_argument("--top_k", type=int, default=None, help="only the k likeliest tokens")
     parser.add_argument("--top_p", type=float, default=None, help="only the likeliest, up to p")
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: less of what is there"
+    )
+    parser.add_argument("--stop", default=None, metavar="TEXT", help="end where this is written")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts, in one batch")
     parser.add_argument("--seed", type=int, default=None, help="the same seed, the same text")
 
 
@@ -52,7 +57,10 @@ def sample(arguments) -> int:
     tokens = tokenizer.encode(start).astype("int64")
     if len(tokens) == 0:
         raise ConfigError("--start must hold at least one character")
-    idx = torch.tensor(tokens, device=next(model.parameters()).device)[None]
+    if arguments.num_samples < 1:
+        raise ConfigError(f"--num_samples must be at least 1; got {arguments.num_samples}")
+    idx = torch.tensor(tokens, device=next(model.parameters()).device)
+    idx = idx.expand(arguments.num_samples, -1)
     try:
         drawn = stream(
             model,
@@ -61,16 +69,35 @@ def sample(arguments) -> int:
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
             seed=arguments.seed,
             vocab_size=tokenizer.vocab_size,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(start, end="", flush=True)
-    for piece in tokenizer.decode_stream(token.item() for token in drawn):
-        print(piece, end="", flush=True)
-    print()
+    if arguments.num_samples == 1:
+        texts = [(token.item() for token in drawn)]  # shown as it is drawn
+    else:
+        texts = torch.stack([idx[:, -1], *drawn], dim=1)[:, 1:].tolist()
+    for number, text in enumerate(texts):
+        print("---------------\n" * (number > 0) + start, end="", flush=True)
+        for piece in _until(arguments.stop, tokenizer.decode_stream(text)):
+            print(piece, end="", flush=True)
+        print()
     return 0
+
+
+def _until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text, up to and including the first `stop` in it."""
+    tail = ""
+    for piece in pieces:
+        tail += piece
+        if stop and stop in tail:
+            end = tail.index(stop) + len(stop)
+            yield piece[: len(piece) - (len(tail) - end)]
+            return
+        yield piece
+        tail = tail[-len(stop) :] if stop else ""
 
 
 def _add_eval(parser: Parser) -> None:
@@ -104,6 +131,52 @@ def evaluate(arguments) -> int:
     return 0
 
 
+def _add_import(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE", help="state dict, ckpt.pt, or transformers' folder")
+    parser.add_argument("run", metavar="RUN", help="new run folder")
+    parser.add_argument("--format", required=True, help="notebook, nanogpt or transformers")
+    parser.add_argument("--data", default=None, help="the text it was trained on")
+    parser.add_argument(
+        "--tokenizer", choices=("char", "bytes", "gpt2"), help="default char with --data, else gpt2"
+    )
+
+
+def import_(arguments) -> int:
+    """make a run folder of a model from elsewhere"""
+    from gptcore.data import load_text
+    from gptcore.interop import import_model
+    from gptcore.tokenizer import tokenizer_for
+
+    kind = arguments.tokenizer or ("gpt2" if arguments.data is None else "char")
+    if kind == "char" and arguments.data is None:
+        raise ConfigError("--tokenizer char needs --data, whose characters are the vocabulary")
+    text = "" if kind != "char" else load_text(arguments.data).content
+    tokenizer = tokenizer_for(kind, text)
+    gpt = import_model(
+        arguments.file, arguments.format, arguments.run, tokenizer, arguments.data or "auto"
+    )
+    print(
+        f"{arguments.run}: {gpt.num_parameters():,} parameters; "
+        f"python -m gptcore sample {arguments.run}"
+    )
+    return 0
+
+
+def _add_export(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder, or a checkpoint in one")
+    parser.add_argument("out", metavar="OUT", help="file, or folder for transformers")
+    parser.add_argument("--format", required=True, help="notebook or transformers")
+
+
+def export(arguments) -> int:
+    """write a run's model for the notebook or for transformers"""
+    from gptcore.interop import export_model
+
+    export_model(arguments.run, arguments.format, arguments.out)
+    print(f"{arguments.out}: written")
+    return 0
+
+
 def _load(arguments):
     """The checkpoint and its model, ready to use."""
     from gptcore import machine
@@ -120,6 +193,8 @@ def _load(arguments):
 COMMANDS = (
     ("sample", sample, _add_sample),
     ("eval", evaluate, _add_eval),
+    ("import", import_, _add_import),
+    ("export", export, _add_export),
 )
 
 if __name__ == "__main__":

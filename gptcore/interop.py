@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from gptcore.config import ConfigError, GPTConfig, TrainConfig, to_json
 from gptcore.model import GPT
@@ -86,8 +87,7 @@ def load_notebook(path, **overrides) -> GPT:
         }
         | overrides,
     )
-    with torch.device("meta"):
-        model = NaiveGPT(config)
+    model = _shapes_of(NaiveGPT, config)
     expected = model.state_dict()
     _check(path, found, expected, optional=[name for name in expected if name.endswith(".tril")])
     model = _materialise(model)
@@ -112,7 +112,9 @@ def save_notebook(gpt: GPT, path) -> None:
     )
     gpt = _express("save_notebook: the notebook's model", gpt, target)
     with torch.random.fork_rng(devices=[]):  # to_naive initialises before it copies
-        torch.save(gpt.to_naive().state_dict(), path)
+        state = gpt.to_naive().state_dict()
+    with open(path, "wb") as file:  # opened here, for open's errors
+        torch.save(state, file)
 
 
 # -------------------------------------------------------------------------------------- nanoGPT
@@ -380,9 +382,15 @@ def export_model(run, format: str, out) -> None:
     checkpoint = open_checkpoint(run)
     model = build_model(checkpoint.train.model, checkpoint.model)
     if not isinstance(model, (GPT, NaiveGPT)):
-        raise ConfigError(f"{run}: only a gpt or naive model can be exported; got {type(model)}")
+        raise ConfigError(
+            f"{run}: only a gpt or naive model can be exported; got a {checkpoint.train.model}"
+        )
     checkpoint.load_weights(model)
-    save(model if isinstance(model, GPT) else GPT.from_naive(model), out)
+    gpt = model if isinstance(model, GPT) else GPT.from_naive(model)
+    try:
+        save(gpt, out)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def _known(functions, format, verb):
@@ -482,6 +490,22 @@ def _check(where, found, expected, optional=()):
             raise ConfigError(f"{where}: {problem} {', '.join(names[:3])}{more}")
 
 
+class _ShapesOnly(TorchFunctionMode):
+    """Within it these functions return their argument; on meta tensors they import the compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.nn.init.normal_, torch.Tensor.normal_, torch.tril):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def _shapes_of(kind, config):
+    """A model on the meta device: names and shapes, no weights."""
+    with torch.device("meta"), _ShapesOnly():
+        return kind(config)
+
+
 def _materialise(model):
     """A model made on the meta device, its weights allocated but not initialised."""
     model = model.to_empty(device="cpu")
@@ -523,8 +547,7 @@ def _from_gpt2(where, config, found, *, conv1d) -> GPT:
                 f"{where}: {name} must be {size}, as the tensors have it; "
                 f"got {getattr(config, name)}"
             )
-    with torch.device("meta"):
-        gpt = GPT(config)
+    gpt = _shapes_of(GPT, config)
     expected = {}
     for name, parameter in gpt.named_parameters():
         name = _gpt2_name(name)
@@ -567,8 +590,7 @@ def _express(where: str, gpt: GPT, target: GPTConfig) -> GPT:
         name: parameter.detach().to("cpu", dtype, copy=True)
         for name, parameter in gpt.named_parameters(remove_duplicate=False)
     }
-    with torch.device("meta"):
-        result = GPT(target)
+    result = _shapes_of(GPT, target)
     heads, wider = (3, source.n_head, source.D), target.D - source.D
     for name, weight in weights.items():
         if ".qkv." in name:  # (3 H D, ...)

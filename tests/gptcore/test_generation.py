@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gptcore import decoding
+from gptcore.__main__ import _until, main
 from gptcore.config import GPTConfig
 from gptcore.decoding import Step
 from gptcore.generation import Sampling, generate, stream, uniforms
@@ -365,3 +366,32 @@ def test_softmax_of_float16_logits_is_taken_in_float32():
     logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).half()
     expected = F.softmax(logits.float(), -1)[0]
     assert (frequencies(logits) - expected).abs().max() < 2e-4
+
+
+def test_command_line_options(trained_run, capsys):
+    """--num_samples, --stop and --repetition_penalty of `python -m gptcore sample`."""
+
+    def text(*flags):
+        argv = ["sample", str(trained_run), "--start=the", "--max_new_tokens=60", "--seed=3"]
+        assert main([*argv, *flags]) == 0
+        return capsys.readouterr().out
+
+    whole = text()
+    first, second = text("--num_samples=2").split("---------------\n")
+    assert first == whole != second and len(second) == len(whole)
+    stop = whole[20:22]
+    assert text(f"--stop={stop}") == whole[: whole.index(stop, 3) + 2] + "\n"
+    assert text("--repetition_penalty=5") != whole
+    for flag in ("--num_samples=0", "--repetition_penalty=0", "--repetition_penalty=nan"):
+        assert main(["sample", str(trained_run), flag]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_until_cuts_after_the_first_stop():
+    def cut(stop, *pieces):
+        return "".join(_until(stop, pieces))
+
+    assert cut("ab", "x", "a", "b", "c") == "xab"
+    assert cut("ab", "xa", "bcab") == "xab"
+    assert cut("aab", "aa", "a", "b", "b") == "aaab"
+    assert cut("zz", "a", "b") == cut(None, "a", "b") == cut("", "a", "b") == "ab"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from gptcore import interop
+from gptcore.__main__ import main
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, GPTConfig
 from gptcore.interop import (
@@ -597,3 +598,36 @@ def test_import_and_export_through_a_run(notebook, tmp_path):
     assert not (tmp_path / "other").exists()
     with pytest.raises(ConfigError, match="cannot export 'nanogpt'; formats: notebook, transf"):
         export_model(tmp_path / "run", "nanogpt", tmp_path / "x")
+    with pytest.raises(ConfigError, match="cannot write .*No such file"):
+        export_model(tmp_path / "run", "notebook", tmp_path / "no" / "x")
+    with pytest.raises(ConfigError, match="cannot write .*already|cannot write .*exists"):
+        export_model(tmp_path / "run", "transformers", path)
+
+
+def test_command_lines(notebook, tmp_path, capsys):
+    """A run becomes a file and the file a run, which samples the same text."""
+    _, path = notebook
+    (tmp_path / "text.txt").write_text("hello, abcdf")  # eleven characters
+    run, data = str(tmp_path / "run"), f"--data={tmp_path / 'text.txt'}"
+    assert main(["import", str(path), run, "--format=notebook", data]) == 0
+    assert f"python -m gptcore sample {run}" in capsys.readouterr().out
+    out = str(tmp_path / "out.pth")
+    assert main(["export", run, out, "--format=notebook"]) == 0
+    assert main(["import", out, run + "2", "--format=notebook", data]) == 0
+    capsys.readouterr()
+    texts = []
+    for folder in (run, run + "2"):
+        assert main(["sample", folder, "--start=hello", "--seed=1", "--max_new_tokens=20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) == 26
+    for argv, message in (
+        ([str(path), run + "3", "--format=notebok", data], "cannot import 'notebok'; formats: no"),
+        ([str(path), run, "--format=notebook", data], "already there"),
+        ([str(path), run + "3", "--format=notebook", "--tokenizer=char"], "needs --data"),
+        ([str(path), run + "3", "--format=notebook", "--tokenizer=bytes"], "the tokenizer 256"),
+        ([str(tmp_path / "x"), run + "3", "--format=nanogpt", data], "cannot read"),
+    ):
+        assert main(["import", *argv]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run3").exists()
