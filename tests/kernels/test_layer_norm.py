@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import dropout_add_layer_norm, layer_norm
+from kernels import dropout_add_layer_norm, layer_norm, layer_norm_kernels
 from kernels.rng import dropout_keep_mask, dropout_scale, make_key
 from kernels.verify import compare
 
@@ -162,8 +162,8 @@ def test_layer_norm_obeys_the_2x_rule(device, backend, bias, dtype):
 
 def test_wide_rows_go_in_pieces(device, monkeypatch):
     """Other kernels do the backward beyond 8,192 channels; here at 100, in pieces of 32."""
-    wide = module.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
-    monkeypatch.setattr(module, "backward_plan", lambda *_: wide)
+    wide = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
+    monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: wide)
     inputs, gradients = make_inputs(device, (2, 5, 100), torch.float32)
     key = make_key(3, 5, device=device)
     fused = {"dropout_p": 0.2, "key": key, "site": SITE, "backend": "triton"}
@@ -374,34 +374,35 @@ def test_compiles_whole(device, backend):
 
 
 def _break_scale(monkeypatch):
-    monkeypatch.setattr(module, "dropout_scale", lambda p: 1.0)
+    monkeypatch.setattr(layer_norm_kernels, "dropout_scale", lambda p: 1.0)
 
 
 def _break_threshold(monkeypatch):
-    monkeypatch.setattr(module, "dropout_threshold", lambda p: 1 + round(p * 60000))
+    monkeypatch.setattr(layer_norm_kernels, "dropout_threshold", lambda p: 1 + round(p * 60000))
 
 
 def _break_partial_sums(monkeypatch):
-    whole = module.sum_partials
+    whole = layer_norm_kernels.sum_partials
     monkeypatch.setattr(
-        module, "sum_partials", lambda p, *dtypes: whole(p[:, 1:].contiguous(), *dtypes)
+        layer_norm_kernels,
+        "sum_partials",
+        lambda p, *dtypes: whole(p[:, 1:].contiguous(), *dtypes),
+    )
+
+
+def _change_dropout_arguments(monkeypatch, **changes):
+    arguments = layer_norm_kernels._dropout_arguments
+    monkeypatch.setattr(
+        layer_norm_kernels, "_dropout_arguments", lambda *args: arguments(*args) | changes
     )
 
 
 def _break_rows(monkeypatch):
-    arguments = module._dropout_arguments
-    monkeypatch.setattr(
-        module,
-        "_dropout_arguments",
-        lambda *args: arguments(*args) | {"rows_per_sequence": 4},
-    )
+    _change_dropout_arguments(monkeypatch, rows_per_sequence=4)
 
 
 def _break_site(monkeypatch):
-    arguments = module._dropout_arguments
-    monkeypatch.setattr(
-        module, "_dropout_arguments", lambda *args: arguments(*args) | {"site": SITE + 1}
-    )
+    _change_dropout_arguments(monkeypatch, site=SITE + 1)
 
 
 def _break_eps(monkeypatch):
@@ -510,10 +511,10 @@ def test_plans_cover_every_width():
     for architecture, C in itertools.product(architectures, widths):
         forward, backward = (
             plan(architecture, C, torch.bfloat16)
-            for plan in (module.forward_plan, module.backward_plan)
+            for plan in (layer_norm_kernels.forward_plan, layer_norm_kernels.backward_plan)
         )
         assert forward.BLOCK_C >= C
-        assert backward.BLOCK_C >= C if backward.programs else C > module.WIDE_C
+        assert backward.BLOCK_C >= C if backward.programs else C > layer_norm_kernels.WIDE_C
         for plan in (forward, backward):
             assert plan.BLOCK_C & (plan.BLOCK_C - 1) == 0
             assert plan.BLOCK_M * plan.BLOCK_C <= 64 * 32 * plan.num_warps
