@@ -21,5 +21,7 @@ setup(
     extras_require={
         "test": ["pytest", "pytest-benchmark", "ruff", "transformers>=5"],
         "bpe": ["tiktoken"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
     },
 )

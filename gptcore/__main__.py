@@ -50,9 +50,13 @@ def sample(arguments) -> int:
     import torch
 
     from gptcore.generation import stream
+    from gptcore.tasks import task_of
 
     checkpoint, model = _load(arguments)
     tokenizer = checkpoint.tokenizer
+    if (task := task_of(checkpoint.train)) is not None:
+        print(task.answer(model, arguments.start or task.example()))
+        return 0
     start = tokenizer.decode([0]) if arguments.start is None else arguments.start
     tokens = tokenizer.encode(start).astype("int64")
     if len(tokens) == 0:
@@ -111,22 +115,29 @@ def evaluate(arguments) -> int:
 
     from gptcore import trainer
     from gptcore.data import Corpus, load_text
+    from gptcore.tasks import task_of
 
     checkpoint, model = _load(arguments)
-    text = load_text(arguments.data or checkpoint.train.data)
-    device = next(model.parameters()).device
-    corpus = Corpus.build(
-        text, checkpoint.tokenizer, val_fraction=checkpoint.train.val_fraction, device=device
+    device, block_size = next(model.parameters()).device, checkpoint.model.block_size
+    train = checkpoint.train.replace(data=arguments.data or checkpoint.train.data)
+    task = task_of(train, device)
+    if task is not None and task.tokenizer.state() != checkpoint.tokenizer.state():
+        raise ConfigError(
+            f"{checkpoint.folder} was not trained on {task.text.source}; leave --data out"
+        )
+    corpus = task or Corpus.build(
+        load_text(train.data), checkpoint.tokenizer, val_fraction=train.val_fraction, device=device
     )
-    block_size = checkpoint.model.block_size
     corpus.check_block(block_size)
     size = max(1, trainer.EVALUATION_TOKENS // block_size)
     result = trainer.evaluate(model, corpus.validation(size, block_size))
-    bits = result.loss / math.log(2) * len(corpus.val) / corpus.val_characters
+    bits = result.loss / math.log(2) * corpus.tokens_per_character
+    _, (what, count) = corpus.sizes.items()
     print(
-        f"{checkpoint.folder} on {text.source}: loss {result.loss:.4f}, "
+        f"{checkpoint.folder} on {corpus.text.source}: loss {result.loss:.4f}, "
         f"{bits:.3f} bits per character, accuracy {result.accuracy:.1%}, "
-        f"{len(corpus.val) - 1:,} tokens"
+        + (f"{result.exact_match:.2%} solved, " if what == "val_problems" else "")
+        + f"{count:,} {what.removeprefix('val_')}"
     )
     return 0
 

@@ -45,16 +45,8 @@ class Checkpoint:
 
         Raises: ConfigError if they do not belong to it.
         """
-        expected = named_weights(model)
-        try:
-            found = load_file(self.folder / "model.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{self.folder}: model.safetensors is damaged: {error}") from error
-        if found.keys() != expected.keys():
-            odd = sorted(found.keys() ^ expected.keys())
-            raise ConfigError(
-                f"{self.folder}: weights do not fit the model: {len(odd)} names differ, {odd[0]}"
-            )
+        expected, found = named_weights(model), self.read_weights()
+        self.check_names(found, expected)
         for name, weight in expected.items():
             if found[name].shape != weight.shape:
                 raise ConfigError(
@@ -64,6 +56,24 @@ class Checkpoint:
         with torch.no_grad():
             for name, weight in expected.items():
                 weight.copy_(found[name])
+
+    def read_weights(self) -> dict[str, torch.Tensor]:
+        """The weights by name.
+
+        Raises: ConfigError if the file is damaged.
+        """
+        try:
+            return load_file(self.folder / "model.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{self.folder}: model.safetensors is damaged: {error}") from error
+
+    def check_names(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Raises: ConfigError unless both have the same names."""
+        if found.keys() != expected.keys():
+            odd = sorted(found.keys() ^ expected.keys())
+            raise ConfigError(
+                f"{self.folder}: weights do not fit the model: {len(odd)} names differ, {odd[0]}"
+            )
 
     def load_state(self) -> dict[str, Any]:
         """Optimizer state and counters; only tensors and plain values can be in it.

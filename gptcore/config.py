@@ -138,9 +138,16 @@ class TrainConfig:
     resume: bool = _option(False, "go on from the last checkpoint of --out_dir, or start")
     data: str = _option(
         "auto",
-        "a text file, or tinyshakespeare, or pydoc (text inside every Python); "
-        "auto: tinyshakespeare where it can be had, else pydoc",
+        "a text file, or tinyshakespeare, or pydoc (text inside every Python), or problems: add "
+        "(a+b=c), arithmetic; auto: tinyshakespeare where it can be had, else pydoc",
     )
+    digits: int = _option(2, "of the numbers in problems", least=1)
+    operations: str = _option("+-*/", "of --data arithmetic")
+    worked_steps: bool = _option(False, "problems show how products and quotients come about")
+    init_from: str | None = _option(
+        None, "fine-tune: start from the weights of this run folder or checkpoint"
+    )
+    freeze: str = _option("", "not trained: some of embeddings, blocks:N (the first N), head")
     tokenizer: str = _option("char", "char, bytes or gpt2", choices=("char", "bytes", "gpt2"))
     val_fraction: float = _option(0.1, "the end of the text held out", above=0, below=1)
     vocab_multiple: int = _option(1, "vocabulary rounded up to a multiple of this", least=1)
@@ -209,6 +216,9 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     compile: bool = _option(False, "run the model through torch.compile")
+    log: str = _option(
+        "none", "metrics also to tensorboard or wandb", choices=("none", "tensorboard", "wandb")
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

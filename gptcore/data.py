@@ -173,6 +173,20 @@ class Corpus:
             val_characters = len(tokenizer.decode(val.tolist()))
         return cls(text, tokenizer, tokens[:split], val, val_characters)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How much there is to train and to validate on."""
+        return {"train_tokens": len(self.train), "val_tokens": len(self.val)}
+
+    def example(self) -> str:
+        """Something to start a sample with."""
+        return "LEONTES:" if "tinyshakespeare" in self.text.source else "The"
+
+    @property
+    def tokens_per_character(self) -> float:
+        """Of the validation text."""
+        return len(self.val) / self.val_characters
+
     def check_block(self, block_size: int) -> None:
         """Raises: ConfigError unless each split holds a block and its targets."""
         shorter = min(len(self.train), len(self.val))
@@ -242,6 +256,9 @@ class BatchStream:
 
     def batch(self, step: int, first: int, size: int):
         """Equal to corpus.batch(make_key(seed, step, first), size, block_size)."""
+        if not isinstance(self.corpus, Corpus):  # a task
+            key = make_key(self.seed, step, first, self.corpus.device)
+            return self.corpus.batch(key, size, self.block_size)
         window, offset = divmod(step, self.STEPS_AHEAD)
         tokens = self.corpus.train
         if window != self._window:

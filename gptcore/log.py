@@ -21,6 +21,8 @@ from tqdm import tqdm
 from gptcore import machine
 from gptcore.config import RunError
 from gptcore.optim import learning_rate
+from gptcore.tasks import Arithmetic
+from gptcore.trackers import open_tracker
 
 if TYPE_CHECKING:
     from gptcore.trainer import Evaluation, Run
@@ -39,6 +41,10 @@ class Log:
     def __init__(self, run: Run, step_seconds_at_rate: float):
         self.run, self.step_seconds_at_rate = run, step_seconds_at_rate
         self.path = run.folder / "metrics.jsonl"
+        settings = json.loads(run.config_json)
+        self.track = open_tracker(
+            run.config.log, run.folder, settings["train"] | settings["model"], run.step
+        )
         self.bar: tqdm | None = None
         self.started = time.perf_counter() - run.elapsed_s
         self.plotted = time.perf_counter()
@@ -105,12 +111,14 @@ class Log:
             train_loss=training.loss,
             val_loss=validation.loss,
             val_accuracy=validation.accuracy,
+            **self.exact_match(validation),
             elapsed_s=run.elapsed_s,
         )
         tqdm.write(
             f"step {run.step}: train loss {training.loss:.4f}, val loss {validation.loss:.4f} "
             f"({self.bits_per_character(validation):.3f} bits per character), "
-            f"accuracy {validation.accuracy:.1%}, {run.elapsed_s:.1f} s"
+            f"accuracy {validation.accuracy:.1%}{self.exact_match_words(validation)}, "
+            f"{run.elapsed_s:.1f} s"
         )
         self.stop_unless_finite(validation.loss)
         if time.perf_counter() - self.plotted > PLOT_EVERY_S:
@@ -118,8 +126,17 @@ class Log:
 
     def bits_per_character(self, validation: Evaluation) -> float:
         """The loss in bits, per character whatever the tokens are."""
-        corpus = self.run.corpus
-        return validation.loss / math.log(2) * len(corpus.val) / corpus.val_characters
+        return validation.loss / math.log(2) * self.run.corpus.tokens_per_character
+
+    def exact_match(self, validation: Evaluation) -> dict[str, float]:
+        """Of a task, the fraction of held-out problems that are solved."""
+        is_task = isinstance(self.run.corpus, Arithmetic)
+        return {"val_exact_match": validation.exact_match} if is_task else {}
+
+    def exact_match_words(self, validation: Evaluation) -> str:
+        """The same for the terminal."""
+        solved = self.exact_match(validation).values()
+        return "".join(f", {value:.2%} of held-out problems solved" for value in solved)
 
     def finished(self, validation: Evaluation) -> None:
         """The last lines."""
@@ -131,6 +148,7 @@ class Log:
             step=run.step,
             val_loss=validation.loss,
             val_accuracy=validation.accuracy,
+            **self.exact_match(validation),
             val_bits_per_character=self.bits_per_character(validation),
             best_val_loss=min(run.best_val_loss, validation.loss),
             best_step=run.best_step,
@@ -139,11 +157,12 @@ class Log:
         )
         if run.corpus.text.note:
             print(f"WARNING: {run.corpus.text.note}")
-        start = "LEONTES:" if "tinyshakespeare" in run.corpus.text.source else "The"
+        start = run.corpus.example()
         print(
             f"exact validation loss {validation.loss:.4f} "
             f"({self.bits_per_character(validation):.3f} bits per character, "
-            f"accuracy {validation.accuracy:.1%}) after {run.step} steps in {run.elapsed_s:.1f} s"
+            f"accuracy {validation.accuracy:.1%}{self.exact_match_words(validation)}) "
+            f"after {run.step} steps in {run.elapsed_s:.1f} s"
             + (f", peak memory {memory / 2**20:,.0f} MiB" if memory else "")
             + f"\nrun folder  {run.folder}"
             f'\nsample it   python -m gptcore sample {run.folder} --start "{start}"'
@@ -157,6 +176,7 @@ class Log:
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+        self.track(clean)
 
     def plot(self) -> None:
         """loss.png from metrics.jsonl."""
@@ -205,11 +225,13 @@ def announce(run: Run, rate: float) -> None:
     """What is about to be trained, on what."""
     config, corpus, shape = run.config, run.corpus, run.model.config
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    train_size, val_size = corpus.sizes.values()
+    unit = "problems" if isinstance(corpus, Arithmetic) else "tokens"
     if corpus.text.note:
         print(f"WARNING: {corpus.text.note}")
     print(
-        f"data    {corpus.text.source}: {len(corpus.train):,} training and {len(corpus.val):,} "
-        f"validation tokens, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})\n"
+        f"data    {corpus.text.source}: {train_size:,} training and {val_size:,} validation "
+        f"{unit}, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})\n"
         f"model   {config.model}, {parameters:,} parameters: {shape.n_layer} layers, "
         f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
         f"device  {machine.describe(run.device)}, {str(run.dtype).removeprefix('torch.')}, "

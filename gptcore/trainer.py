@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gptcore import machine
+from gptcore import finetune, machine
 from gptcore.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from gptcore.config import (
     ConfigError,
@@ -37,11 +37,16 @@ from gptcore.generation import generate
 from gptcore.log import Log, announce, resume_command, trim_metrics
 from gptcore.model import GPT, build_model
 from gptcore.optim import apply_schedule, make_optimizer
+from gptcore.tasks import Arithmetic, task_of
 from gptcore.tokenizer import tokenizer_for
+from gptcore.trackers import check_tracker
 from kernels.rng import SITE_EVALUATION, make_key
 
 # What a resumed run may not change: the weights or the held-out text would no longer be the same.
-FIXED_ON_RESUME = ("model", "tokenizer", "vocab_multiple", "val_fraction")
+FIXED_ON_RESUME = (
+    *("model", "tokenizer", "vocab_multiple", "val_fraction"),
+    *("digits", "operations", "worked_steps", "freeze"),
+)
 FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
 EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
 
@@ -52,7 +57,7 @@ class Run:
 
     folder: Path
     config: TrainConfig
-    corpus: Corpus
+    corpus: Corpus | Arithmetic
     model: nn.Module
     forward: Callable  # model, compiled if asked for; (idx, targets, key) -> (_, loss)
     optimizer: torch.optim.Optimizer
@@ -67,10 +72,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats and fraction of tokens guessed right."""
+    """Mean loss in nats, fraction of tokens guessed right, fraction of rows without a mistake."""
 
     loss: float
     accuracy: float
+    exact_match: float
 
 
 # ---- preparing -------------------------------------------------------------------------------
@@ -88,13 +94,21 @@ def prepare(settings: Settings) -> Run:
     if checkpoint is not None:
         config, model_fields = _resumed_settings(checkpoint, settings)
         preset = checkpoint.config.get("preset", preset)
-    text = load_text(config.data)
+    origin = None
+    if config.init_from is not None and checkpoint is None:
+        origin = open_checkpoint(config.init_from)
+        config, model_fields = finetune.adopt(origin, config, settings.given)
+    check_tracker(config.log)
+    task = task_of(config, device)
+    text = task.text if task else load_text(config.data)
     if Path(config.data).is_file():
         config = config.replace(data=str(Path(config.data).resolve()))
     if checkpoint is None:
-        tokenizer = tokenizer_for(config.tokenizer, text.content)
+        tokenizer = task.tokenizer if task else tokenizer_for(config.tokenizer, text.content)
         vocab_size = -(-tokenizer.vocab_size // config.vocab_multiple) * config.vocab_multiple
         model_fields = {**model_fields, "vocab_size": vocab_size}
+        if task and "block_size" not in settings.given:
+            model_fields["block_size"] = task.width - 1
     else:
         tokenizer = checkpoint.tokenizer
         if text.sha256 != checkpoint.config.get("data", {}).get("sha256"):
@@ -103,11 +117,16 @@ def prepare(settings: Settings) -> Run:
                 "give the same --data, or start a new run"
             )
     model_config = GPTConfig(**model_fields)
-    corpus = Corpus.build(text, tokenizer, val_fraction=config.val_fraction, device=device)
+    corpus = task or Corpus.build(text, tokenizer, val_fraction=config.val_fraction, device=device)
     corpus.check_block(model_config.block_size)
 
     torch.manual_seed(config.seed)
     model = build_model(config.model, model_config).to(device)
+    if origin is not None:
+        print(f"from    {origin.folder}: {finetune.initialise(model, tokenizer, origin)}")
+        if "learning_rate" not in settings.given:
+            print(f"        learning rate {config.learning_rate:g}, a tenth of the preset's")
+    finetune.freeze(model, config.freeze)
     optimizer = make_optimizer(model, config)
     config = config.replace(out_dir=str(_make_folder(config, preset)), resume=False)
     run = Run(
@@ -127,8 +146,7 @@ def prepare(settings: Settings) -> Run:
                 "source": text.source,
                 "note": text.note,
                 "sha256": text.sha256,
-                "train_tokens": len(corpus.train),
-                "val_tokens": len(corpus.val),
+                **corpus.sizes,
             },
             versions={"python": platform.python_version(), "torch": str(torch.__version__)},
         ),
@@ -261,17 +279,20 @@ def evaluate(
     """Mean loss and accuracy over all targets of `batches`; targets of -100 do not count."""
     training = model.training
     model.eval()
-    loss_sum = correct = count = 0
+    loss_sum = correct = count = rows_right = rows = 0
     for idx, targets in batches:
         with machine.autocast(idx.device, dtype):
             logits, loss = model(idx, targets)
         counted = targets != -100
         tokens = counted.sum()
         loss_sum = loss_sum + loss.double() * tokens
-        correct = correct + ((logits.argmax(-1) == targets) & counted).sum()
+        wrong = (logits.argmax(-1) != targets) & counted
+        correct = correct + tokens - wrong.sum()
         count = count + tokens
+        rows_right = rows_right + (~wrong.any(1)).sum()
+        rows += len(targets)
     model.train(training)
-    return Evaluation(float(loss_sum / count), float(correct / count))
+    return Evaluation(float(loss_sum / count), float(correct / count), float(rows_right / rows))
 
 
 def evaluate_exactly(run: Run) -> Evaluation:
@@ -370,6 +391,9 @@ def save(run: Run, name: str) -> None:
 def show_sample(run: Run) -> None:
     """A few lines of what the model writes by now."""
     if not run.config.sample_tokens:
+        return
+    if isinstance(run.corpus, Arithmetic):
+        tqdm.write("\n".join("  | " + line for line in run.corpus.answers(run.model)))
         return
     tokenizer = run.corpus.tokenizer
     idx = generate(

@@ -31,6 +31,7 @@ SITE_BATCH = 0
 SITE_EMBEDDING = 1
 SITE_SAMPLE = 2
 SITE_EVALUATION = 3
+SITE_PROBLEM = 4
 _FIRST_LAYER_SITE = 16
 _SITES_PER_LAYER = 4
 PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
@@ -275,4 +276,8 @@ if HAS_TRITON:
         # The last joined axis runs fastest: (w0, w2) then (w1, w3) gives w0, w1, w2, w3.
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(rows.shape[0], COLS // 2)
         bound = tl.full((), threshold, tl.uint32) << 16
-        return tl.join(words << 16 >= bound, words >= bound).reshape(rows.shape[0], COLS)
+        # Shifted left by 16 or 0, a half word decides an unsigned comparison of the whole word.
+        # Written as a broadcast, what changes layout on the way to a matrix product is words.
+        shifts = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)
+        lanes = words[:, :, None] << shifts[None, None, :]
+        return (lanes >= bound).reshape(rows.shape[0], COLS)
