@@ -1,5 +1,7 @@
 """The certificate: every op, dtype and shape against a float64 reference.
 
+    python -m kernels.verify [--quick | --full | --self-test] [--ops OP ...] [--json FILE]
+
 Rule (DESIGN.md section 5), per output and gradient, in max norm and in relative RMS:
 
     error(fused) <= 2 * error(same formula, plain PyTorch, same dtype) + tiny
@@ -8,14 +10,36 @@ error_max = max |a - r| / max |r|,   error_rms = ||a - r|| / ||r||,   r the floa
 tiny is one rounding to nearest of the result's dtype at the largest magnitude: eps / 2 in max
 norm, eps / 4 in RMS. It matters only where plain PyTorch happens to be exact. The error of a
 few numbers is a draw of luck, not a statistic, so below 16 elements tiny is 2 eps in both norms.
+
+On a GPU the kernels run there; without one, under Triton's interpreter on the CPU. `kernels.checks`
+says what is checked, `kernels.damages` proves that the checks can fail.
 """
 
-from dataclasses import dataclass
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
+from kernels import backend
+from kernels.command_line import Parser, rerun, table
+
 ALLOWED_RATIO = 2.0
 FEW_ELEMENTS = 16
+# Packages built on the ops; where installed, they add whole-model checks (checks.register_check).
+PLUGINS = ("gptcore.verification",)
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,15 @@ class Comparison:
             self.error_max <= ALLOWED_RATIO * self.plain_max + self.tiny_max
             and self.error_rms <= ALLOWED_RATIO * self.plain_rms + self.tiny_rms
         )
+
+    @property
+    def figures(self) -> tuple[float, float, float]:
+        """(error, plain, allowed) in the norm that leaves the least room."""
+        norms = (
+            (self.error_max, self.plain_max, ALLOWED_RATIO * self.plain_max + self.tiny_max),
+            (self.error_rms, self.plain_rms, ALLOWED_RATIO * self.plain_rms + self.tiny_rms),
+        )
+        return max(norms, key=lambda norm: (math.isnan(norm[0]), norm[0] / norm[2]))
 
     def __str__(self) -> str:
         return (
@@ -83,3 +116,163 @@ def compare(
         tiny_max=2 * eps if few else eps / 2,
         tiny_rms=2 * eps if few else eps / 4,
     )
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the certificate; the exit code: 0 all passed, 1 a check failed, 2 bad input."""
+    from kernels import checks  # it builds on the rule above
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    load_plugins()
+    known_ops = (*checks.OPS, *checks.registered())
+    parser = Parser(prog="python -m kernels.verify", description="Prove the kernels.")
+    parser.add_argument("--quick", action="store_true", help="small shapes (the default)")
+    parser.add_argument("--full", action="store_true", help="all shapes")
+    parser.add_argument("--self-test", action="store_true", help="damage ops, see it caught")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help=f"of {', '.join(known_ops)}")
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", default=list(checks.DTYPES))
+    parser.add_argument("--backend", nargs="+", metavar="B", default=["triton", "eager"])
+    parser.add_argument("--seed", type=int, default=0, help="of inputs and drawn shapes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    options = parser.parse_args(arguments)
+    if options.quick + options.full + options.self_test > 1:
+        parser.error("--quick, --full and --self-test exclude each other")
+    parser.check_known("--ops", options.ops or (), known_ops)
+    parser.check_known("--dtypes", options.dtypes, checks.DTYPES)
+    parser.check_known("--backend", options.backend, ("triton", "eager"))
+    parser.check_writable(options.json)
+    if "triton" in options.backend and not backend.HAS_TRITON:
+        parser.error("--backend triton needs the triton package; pip install triton")
+    has_gpu = torch.cuda.is_available()
+    if options.self_test:
+        from kernels import damages
+
+        return damages.self_test(options.ops, options.json)
+    if "triton" in options.backend and not has_gpu and not backend.interpreting():
+        print("No GPU: starting again under Triton's interpreter (TRITON_INTERPRET=1).")
+        rerun("kernels.verify", arguments, interpret=True)
+    settings = checks.Settings(
+        device=torch.device("cuda" if has_gpu else "cpu"),
+        backends=tuple(options.backend),
+        dtypes=tuple(options.dtypes),
+        full=options.full,
+        seed=options.seed,
+    )
+    return certify(options.ops or known_ops, settings, options.json)
+
+
+def load_plugins() -> None:
+    """Import those PLUGINS that are installed; they call `checks.register_check`."""
+    for name in PLUGINS:
+        package = name.partition(".")[0]
+        if importlib.util.find_spec(package) and importlib.util.find_spec(name):
+            importlib.import_module(name)
+
+
+def certify(ops: Sequence[str], settings, json_path: Path | None = None) -> int:
+    """Run the checks of `ops`, print them as they come, write JSON; returns 0 or 1."""
+    from kernels import checks
+
+    started = time.perf_counter()
+    about = _about(settings)
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    print(
+        "\nError of each op's worst output or gradient (max or RMS norm, against float64), of plain"
+        "\nPyTorch in the same dtype, their ratio, and the most it may be: twice the plain error"
+        "\nand one rounding."
+    )
+    results = []
+    parts = [checks.parts(op, settings) for op in ops]
+    with _workers(settings) as run:
+        computed = run(functools.partial(checks.check_part, settings=settings), sum(parts, []))
+        for op, mine in zip(ops, parts, strict=True):
+            rows = [result for _ in mine for result in next(computed)]
+            _print_op(op, rows)
+            results += rows
+    seconds = time.perf_counter() - started
+    failed = [result for result in results if not result.passed]
+    if json_path is not None:
+        content = about | {"seconds": seconds, "failed": len(failed)}
+        rows = [_finite(asdict(result)) for result in results]
+        json_path.write_text(json.dumps(content | {"results": rows}, indent=1) + "\n")
+    verdict = f"{len(failed)} of {len(results)} checks FAILED" if failed else "all passed"
+    print(f"\n{len(results)} checks of {len(ops)} ops in {seconds:.0f} s: {verdict}.")
+    return int(bool(failed))
+
+
+@contextlib.contextmanager
+def _workers(settings):
+    """A `map` that yields in order: in this process on a GPU, else in one process a core."""
+    if settings.device.type == "cuda":
+        yield map
+        return
+    # Spawned, not forked: torch's thread pools do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(os.cpu_count(), initializer=_start_worker) as pool:
+        yield pool.imap
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    load_plugins()
+
+
+def _about(settings) -> dict[str, str]:
+    """Where and with what the certificate was made."""
+    on_gpu = settings.device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}"
+    kernels_run = "on the GPU" if on_gpu else "under Triton's interpreter"
+    return {
+        "device": name,
+        "kernels run": kernels_run if "triton" in settings.backends else "not at all",
+        "torch": torch.__version__,
+        "triton": backend.triton.__version__ if backend.HAS_TRITON else "none",
+        "python": platform.python_version(),
+        "seed": str(settings.seed),
+        "size": "full" if settings.full else "quick",
+    }
+
+
+def _print_op(op: str, results: Sequence) -> None:
+    """A table of the figures, a line for each other kind of check, and every failure."""
+    print(f"\n{op}")
+    accuracy = [result for result in results if result.check == "accuracy"]
+    rows = []
+    for result in accuracy:
+        worst = max(result.comparisons, key=lambda c: c.figures[0] / c.figures[2])
+        error, plain, allowed = worst.figures
+        ratios = [f"{e / plain:.2f}" if plain else "" for e in (error, allowed)]
+        verdict = "pass" if result.passed else "FAIL"
+        figures = (f"{error:.1e}", f"{plain:.1e}", *ratios)
+        rows.append([result.backend, result.dtype, result.case, worst.name, *figures, verdict])
+    if rows:
+        header = ("backend", "dtype", "case", "worst", "error", "plain", "ratio", "allowed", "")
+        print(table(header, rows))
+    for check, number in Counter(r.check for r in results if r.check != "accuracy").items():
+        mine = [result for result in results if result.check == check]
+        passed = sum(result.passed for result in mine)
+        detail = f": {mine[0].detail}" if number == 1 and mine[0].detail else ""
+        print(f"{check}: {passed} of {number} passed{detail}")
+    for result in results:
+        if not result.passed:
+            where = " ".join(filter(None, (result.backend, result.dtype, result.case)))
+            what = result.detail or "; ".join(map(str, result.comparisons))
+            print(f"FAIL {op} {where}: {result.check}: {what}")
+
+
+def _finite(value):
+    """`value` with NaN and infinities, which JSON does not have, as strings."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    from kernels.verify import main as imported_main  # one copy of the classes above, not two
+
+    sys.exit(imported_main())
