@@ -16,7 +16,7 @@ QUESTIONS = {  # name -> share of the time that all of them get
     "generate": 15,
     "memory": 10,
     "scaling": 25,
-    "time_to_loss": 30,
+    "time_to_loss": 60,
 }
 TASKS = {
     "report": "turn the JSON files of a folder into RESULTS.md with plots",

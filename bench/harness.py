@@ -44,6 +44,8 @@ class Options:
     seeds: int = 1
     preset: str | None = None
     data: str = "auto"
+    dtype_given: bool = False
+    run_seconds: float | None = None  # how long one training run may take
 
     def wants(self, peer: str) -> bool:
         """Whether `peer`, or the family before its dash, was asked for (or nothing was)."""
@@ -88,6 +90,7 @@ class Case:
 
     Args:
         shape: axis name -> size; plots draw time against the axes that `sweeps` names.
+        contestants: the names that `open` yields, as far as they are asked for.
         unit: "TFLOP/s", "GB/s" or "tokens/s".
         quick: part of --quick; full: part of --full only.
         flush: False where a call passes the caches many times over.
@@ -99,6 +102,7 @@ class Case:
     work: Work
     unit: str
     open: Callable[[], Iterable[Contestant]]
+    contestants: tuple[str, ...] = (OURS,)
     phase: str = ""
     sweeps: tuple[str, ...] = ()
     quick: bool = False

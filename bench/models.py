@@ -77,7 +77,7 @@ def to_nanogpt(source: GPT, options: Options) -> nn.Module:
     """nanoGPT's GPT with the weights of `source`, whose wiring must be NANOGPT_WIRING."""
     module, config = peers.nanogpt(options), source.config
     _require_wiring("nanoGPT", config)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
+    with silenced():
         model = module.GPT(
             module.GPTConfig(
                 block_size=config.block_size,
@@ -117,6 +117,11 @@ def to_transformers(source: GPT) -> nn.Module:
     ).to(source.lm_head.weight.device)
     _copy_gpt2(source, model.transformer, transpose=True)
     return model
+
+
+def silenced():
+    """nanoGPT prints its sizes; within this it does not."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _require_wiring(peer: str, config: GPTConfig) -> None:

@@ -61,13 +61,15 @@ def op_case(op: Op, options: Options, name: str, phase: str, work: Work, unit: s
     """The case of `op` in one phase; `rest` goes to Case."""
     dtype = str(options.dtype).removeprefix("torch.")
     shape = rest.pop("shape") | {"p": op.p}
+    names = (OURS, "eager", *op.peers, *(() if "sweeps" in rest else COMPILE_MODES))
     return Case(
         name=f"{name} {phase}",
         shape=shape,
         dtype=dtype,
         work=work,
         unit=unit,
-        open=functools.partial(_open, op, options, phase, compile_too="sweeps" not in rest),
+        open=functools.partial(_open, op, options, phase, names),
+        contestants=names,
         phase=phase,
         **rest,
     )
@@ -132,7 +134,7 @@ class _Bench:
         return timed_call(self.bind(outputs, self.op.p), self.gradients, self.phase)
 
 
-def _open(op: Op, options: Options, phase: str, compile_too: bool) -> Iterator[Contestant]:
+def _open(op: Op, options: Options, phase: str, names: tuple[str, ...]) -> Iterator[Contestant]:
     bench = _Bench(op, options, phase)
 
     def ours(inputs, p):
@@ -149,14 +151,13 @@ def _open(op: Op, options: Options, phase: str, compile_too: bool) -> Iterator[C
         )
 
     yield contestant(OURS, ours, {0.0, op.p})
-    peers = {"eager": eager, **op.peers}
-    if compile_too:
-        peers |= {
-            n: functools.partial(_compiled, eager, m, options) for n, m in COMPILE_MODES.items()
-        }
-    for name, outputs in peers.items():
+    peers = {"eager": eager, **op.peers} | {
+        name: functools.partial(_compiled, eager, mode, options)
+        for name, mode in COMPILE_MODES.items()
+    }
+    for name in names[1:]:
         if options.wants(name):
-            yield contestant(name, outputs)
+            yield contestant(name, peers[name])
 
 
 def _compiled(eager, mode: str, options: Options, inputs: Tensors, p: float) -> Bound:

@@ -1,5 +1,6 @@
 """Everything between the flags and the record: options, questions in turn, output."""
 
+import dataclasses
 import importlib
 import time
 import warnings
@@ -13,6 +14,7 @@ from bench import render
 from bench.__main__ import DEFAULT_SECONDS, QUESTIONS, QUICK_SECONDS
 from bench.harness import OURS, Budget, Options, run_cases
 from bench.peers import PEERS, SDPA_BACKENDS, SDPA_WARNINGS
+from bench.time_to_loss import check_preset
 from bench.timing import Stopwatch, ceilings
 from gptcore.config import ConfigError
 from gptcore.machine import pick_device
@@ -21,8 +23,9 @@ from gptcore.machine import pick_device
 def options_of(given: dict[str, Any], nanogpt: Path | None) -> Options:
     """The flags as Options.
 
-    Raises: ConfigError for an unknown device or peer.
+    Raises: ConfigError for an unknown device, peer or preset.
     """
+    check_preset(given.get("preset"))
     device = pick_device(given.get("device", "auto"))
     default = "bfloat16" if device.type == "cuda" else "float32"
     quick = given.get("quick", False)
@@ -39,6 +42,7 @@ def options_of(given: dict[str, Any], nanogpt: Path | None) -> Options:
         seeds=given.get("seeds", 1),
         preset=given.get("preset"),
         data=given.get("data", "auto"),
+        dtype_given="dtype" in given,
     )
 
 
@@ -82,9 +86,14 @@ def run(
         module = importlib.import_module(f"bench.{name}")
         share = max(5.0, budget.left * QUESTIONS[name] / weights)
         weights -= QUESTIONS[name]
+        # One question alone may take the time that its runs need.
+        run_seconds = share if len(questions) > 1 or "seconds" in given else None
+        mine = dataclasses.replace(options, seconds=share, run_seconds=run_seconds)
         print(f"\n=== {name}: {module.__doc__.splitlines()[0]}", flush=True)
         started = time.perf_counter()
-        record["questions"][name] = ask(module, replace_seconds(options, share), stopwatch)
+        record["questions"][name] = ask(module, mine, stopwatch)
+        if "runs" in record["questions"][name]:
+            record["runs"] = record["questions"][name]["runs"]
         print(f"    ({time.perf_counter() - started:.0f} s)", flush=True)
         _write(record, given)
     if "plot" in given:
@@ -94,13 +103,6 @@ def run(
     for failure in failures:
         print(f"FAILED {failure}")
     return 1 if failures else 0
-
-
-def replace_seconds(options: Options, seconds: float) -> Options:
-    """The same options with another share of the time."""
-    import dataclasses
-
-    return dataclasses.replace(options, seconds=seconds)
 
 
 def ask(module, options: Options, stopwatch: Stopwatch) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from gptcore.config import GPTConfig, Settings, TrainConfig
 from kernels.rng import make_key
 
 CORPUS_VOCABULARY = 65
+PEERS = ("naive", "naive-process", "eager", *peers.COMPILE_MODES, "transformers", "nanogpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
     def nanogpt_step(model):
         # As its train.py does it: its own optimizer groups, fused on CUDA only.
         train = bench.train
-        with models.contextlib.redirect_stdout(models.io.StringIO()):
+        with models.silenced():
             optimizer = model.configure_optimizers(
                 train.weight_decay,
                 train.learning_rate,
@@ -234,6 +235,7 @@ def step_case(size: Size, options: Options, *, only: tuple[str, ...] | None = No
         work=Work(step_flops(config, B, T), ADAMW_BYTES * parameters(config), B * T),
         unit="tokens/s",
         open=functools.partial(_open, size, options, only),
+        contestants=(OURS, *(only or PEERS)),
         phase="step",
         flush=False,
         **rest,

@@ -1,0 +1,326 @@
+"""How many seconds of training to a given validation loss?
+
+Question
+    How soon does `train.py` reach the target on the whole validation split, over several seeds;
+    and nanoGPT's own train.py at the same size?
+Method
+    Every run is a process of its own: `python train.py --preset P --seed S`, as users start it;
+    its metrics.jsonl is watched, and it is stopped at the first evaluation that reaches the
+    target. With --nanogpt DIR, nanoGPT's train.py runs, unmodified, on the same text and split,
+    by the command of its README, in turns with the runs of gptcore. nanoGPT fixes its seed and
+    prints an estimate of the validation loss (its eval_iters batches); its best checkpoint is
+    evaluated here on the whole split as well.
+Formula
+    seconds: the run's own clock from its first step to the end of the evaluation that reached the
+    target, evaluations included, start-up and imports excluded; for nanoGPT from its first line
+    of loss to the line that reached it.
+"""
+
+import os
+import pickle
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import render
+from bench.harness import OURS, Options, Skip
+from bench.record import ROOT
+from gptcore.config import PRESETS, ConfigError, RunError
+
+NANOGPT_CPU_LOSS = 1.8857  # nanoGPT's CPU recipe after its 2,000 steps, exact validation loss
+NOTEBOOK_LOSS = 1.4804  # the best validation loss of the seeds' notebook
+NANOGPT_COMMANDS = {
+    "cpu": (
+        *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100"),
+        *("--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
+        *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+    ),
+    "cuda": ("--log_interval=100",),
+}
+_NANOGPT_EVALUATION = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
+NANOGPT_SEED = 1337
+
+Run = dict[str, Any]
+
+
+def preset_of(options: Options) -> str:
+    """The recipe asked for, or the fastest one for this device."""
+    if options.preset is not None:
+        return options.preset
+    fastest = "speedrun" if "speedrun" in PRESETS else "notebook"
+    return "cpu" if options.device.type == "cpu" else fastest
+
+
+def target_of(options: Options) -> float:
+    """The loss asked for, or the one on record for this kind of device."""
+    if options.target is not None:
+        return options.target
+    return NANOGPT_CPU_LOSS if options.device.type == "cpu" else NOTEBOOK_LOSS
+
+
+def check_preset(name: str | None) -> None:
+    """Raises: ConfigError for an unknown preset."""
+    if name is not None and name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+
+
+def train_command(options: Options, seed: int, folder: Path) -> list[str]:
+    """The command of one run of gptcore."""
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", preset_of(options)]
+    command += ["--seed", str(seed), "--device", str(options.device), "--data", options.data]
+    command += ["--out_dir", str(folder), "--sample_tokens", "0"]
+    if options.dtype_given:
+        command += ["--dtype", str(options.dtype).removeprefix("torch.")]
+    return command
+
+
+def follow(
+    metrics: Path, process: subprocess.Popen, seconds: float, pause: float = 0.05
+) -> Iterator[Run]:
+    """The evaluations of a run, as they are written, until its process or the time ends."""
+    from gptcore.log import read_metrics
+
+    seen, start = 0, time.perf_counter()
+    while True:
+        ended = process.poll() is not None or time.perf_counter() - start > seconds
+        evaluations = [r for r in read_metrics(metrics) if r["kind"] == "eval"]
+        yield from evaluations[seen:]
+        seen = len(evaluations)
+        if ended:
+            return
+        time.sleep(pause)
+
+
+def gptcore_run(options: Options, seed: int) -> Run:
+    """One run to the target, or to its end, or to the time allowed."""
+    target, curve = target_of(options), []
+    with tempfile.TemporaryDirectory(prefix="bench-run-") as folder:
+        out_dir = Path(folder) / "run"
+        with open(Path(folder) / "log", "w+") as log:
+            process = subprocess.Popen(
+                train_command(options, seed, out_dir), stdout=log, stderr=subprocess.STDOUT
+            )
+            allowed = options.run_seconds or float("inf")
+            try:
+                for evaluation in follow(out_dir / "metrics.jsonl", process, allowed):
+                    curve.append([evaluation["elapsed_s"], evaluation["val_loss"]])
+                    steps = evaluation["step"]
+                    if evaluation["val_loss"] <= target:
+                        break
+            finally:
+                _stop(process)
+            if not curve and process.returncode > 0:
+                log.seek(0)
+                said = log.read().strip().splitlines()[-1:]
+                raise RunError(f"time_to_loss: train.py must run; got {' '.join(said)}")
+            if not curve:
+                raise Skip(f"no evaluation within {allowed:.0f} s")
+    seconds, val_loss = curve[-1]
+    return {
+        "who": OURS,
+        "seed": seed,
+        "seconds": seconds,
+        "steps": steps,
+        "val_loss": val_loss,
+        "reached": val_loss <= target,
+        "curve": curve,
+    }
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def nanogpt_run(options: Options, seed: int) -> Run:
+    """nanoGPT's train.py to the target by its own estimate, or to its end; it fixes its seed."""
+    if options.nanogpt is None:
+        raise Skip("no folder named: --nanogpt DIR")
+    target, curve, steps = target_of(options), [], 0
+    with tempfile.TemporaryDirectory(prefix="bench-nanogpt-") as folder:
+        work = Path(folder)
+        corpus = _prepare_nanogpt(options, work)
+        flags = NANOGPT_COMMANDS[options.device.type]
+        process = subprocess.Popen(
+            [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *flags],
+            cwd=work,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        allowed = options.run_seconds or float("inf")
+        begun, started = time.perf_counter(), None
+        try:
+            for line in process.stdout:  # it prints every log_interval steps
+                now = time.perf_counter()
+                match = _NANOGPT_EVALUATION.match(line)
+                if match is not None:
+                    started = now if started is None else started
+                    steps = int(match[1])
+                    curve.append([now - started, float(match[3])])
+                    if curve[-1][1] <= target:
+                        break
+                if curve and now - begun > allowed:
+                    break
+        finally:
+            _stop(process)
+            process.stdout.close()
+        if not curve:
+            raise RunError("time_to_loss: nanoGPT's train.py must print losses; got none")
+        exact = _nanogpt_exact_loss(options, work, corpus)
+    seconds, val_loss = curve[-1]
+    return {
+        "who": "nanogpt",
+        "seed": NANOGPT_SEED,
+        "seconds": seconds,
+        "steps": steps,
+        "val_loss": val_loss,
+        "exact_val_loss": exact,
+        "reached": val_loss <= target,
+        "curve": curve,
+    }
+
+
+def _prepare_nanogpt(options: Options, work: Path):
+    """A folder where nanoGPT's train.py finds its files and our text, split as ours is."""
+    import torch
+
+    from gptcore.data import Corpus, load_text
+    from gptcore.tokenizer import tokenizer_for
+
+    for name in ("train.py", "model.py", "configurator.py"):
+        shutil.copy(options.nanogpt / name, work / name)
+    shutil.copytree(options.nanogpt / "config", work / "config")
+    text = load_text(options.data)
+    tokenizer = tokenizer_for("char", text.content)
+    corpus = Corpus.build(text, tokenizer, val_fraction=0.1, device=torch.device("cpu"))
+    data = work / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    for split in ("train", "val"):
+        getattr(corpus, split).numpy().astype("uint16").tofile(data / f"{split}.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
+    return corpus
+
+
+def _nanogpt_exact_loss(options: Options, work: Path, corpus) -> float | None:
+    """The whole validation split under nanoGPT's last checkpoint; None if it saved none."""
+    import torch
+
+    from bench import models, peers
+
+    path = work / "out-shakespeare-char" / "ckpt.pt"
+    if not path.is_file():
+        return None
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    module = peers.nanogpt(options)
+    with models.silenced():
+        model = module.GPT(module.GPTConfig(**checkpoint["model_args"]))
+    names = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
+    model.load_state_dict(names)
+    model.eval()
+    loss = tokens = 0
+    with torch.no_grad():
+        for idx, targets in corpus.validation(64, checkpoint["model_args"]["block_size"]):
+            targets = targets.long().masked_fill(targets == -100, -1).contiguous()
+            count = (targets != -1).sum().item()
+            loss += model(idx.long(), targets)[1].item() * count
+            tokens += count
+    return loss / tokens
+
+
+def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
+    """The runs, gptcore's and nanoGPT's in turns, and their table."""
+    runs: list[Run] = []
+    absent: dict[str, str] = {}
+    runners = {OURS: gptcore_run}
+    if options.wants("nanogpt"):
+        runners["nanogpt"] = nanogpt_run
+    for seed in range(NANOGPT_SEED, NANOGPT_SEED + options.seeds):
+        for who, runner in runners.items():
+            if who in absent:
+                continue
+            try:
+                runs.append(runner(options, seed))
+            except Skip as reason:
+                absent[who] = str(reason)
+            else:
+                _show_run(runs[-1])
+    target, preset = target_of(options), preset_of(options)
+    title = f"to validation loss {target:g}, preset {preset}"
+    rows = table(runs)
+    print(f"\n{title}\n{render.align(rows)}")
+    for name, reason in absent.items():
+        print(f"  {name} skipped: {reason}")
+    return {
+        "cases": [],
+        "target": target,
+        "preset": preset,
+        "runs": runs,
+        "tables": [{"title": title, "rows": rows}],
+        "absent": absent,
+    }
+
+
+def _show_run(run: Run) -> None:
+    said = "reached" if run["reached"] else "NOT reached"
+    print(
+        f"{run['who']} seed {run['seed']}: {said}, loss {run['val_loss']:.4f} after "
+        f"{run['steps']} steps, {run['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def table(runs: list[Run]) -> list[list[str]]:
+    """Mean and standard deviation over seeds, one row a contestant."""
+    rows = [["", "runs", "reached", "seconds", "steps", "val loss", "seconds / ours"]]
+    ours = [run["seconds"] for run in runs if run["who"] == OURS]
+    for who in dict.fromkeys(run["who"] for run in runs):
+        group = [run for run in runs if run["who"] == who]
+
+        def cell(key, group=group):
+            values = [run[key] for run in group]
+            mean = statistics.mean(values)
+            digits = 4 if key == "val_loss" else 1 if key == "seconds" else 0
+            if len(values) == 1:
+                return f"{mean:.{digits}f}"
+            return f"{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}"
+
+        seconds = statistics.mean(run["seconds"] for run in group)
+        reached = f"{sum(run['reached'] for run in group)}/{len(group)}"
+        cells = [cell(key) for key in ("seconds", "steps", "val_loss")]
+        ratio = f"{seconds / statistics.mean(ours):.2f}" if ours and sum(ours) else ""
+        rows.append([who, str(len(group)), reached, *cells, ratio])
+    return rows
+
+
+def plot(content: dict[str, Any], folder: Path, stem: str = "") -> list[Path]:
+    """Validation loss against seconds, every run."""
+    if not content["runs"]:
+        return []
+    title = f"validation loss against seconds, preset {content['preset']}"
+    drawing, axes = render.figure(title, "seconds", "validation loss")
+    colours = {OURS: render.OURS_STYLE["color"], "nanogpt": "#2060c0"}
+    for who in dict.fromkeys(run["who"] for run in content["runs"]):
+        group = [run for run in content["runs"] if run["who"] == who]
+        for number, run in enumerate(group):
+            label = f"{who} ({len(group)} runs)" if not number else None
+            axes.plot(*zip(*run["curve"], strict=True), ".-", color=colours[who], label=label)
+    axes.axhline(content["target"], color="k", linestyle="--", label=f"{content['target']:g}")
+    losses = [loss for run in content["runs"] for _, loss in run["curve"]]
+    axes.set_ylim(min(losses) - 0.05, min(max(losses), min(losses) + 1.5))
+    axes.legend(fontsize=8)
+    return [render.save(drawing, folder / f"{stem}time_to_loss.png")]
