@@ -8,6 +8,7 @@ Sources
     RTX 4090    NVIDIA Ada GPU architecture whitepaper, table 2 (bf16 with fp32 accumulation);
                 compute capability 8.9
     MI300X      AMD Instinct MI300X data sheet; AMD CDNA 3 instruction set architecture guide
+Links: NVLink 3, 4, 5 (half of 600, 900, 1800 GB/s), seven xGMI links of 64 GB/s, PCIe 4.0 x16.
 """
 
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class GPU:
     bandwidth: float  # bytes/s
     l2: int  # bytes
     tensor_rate: dict[str, float]
+    memory: float  # bytes
+    link: float  # bytes/s to its peers, one direction
 
     @property
     def issue_rate(self) -> float:
@@ -65,12 +68,72 @@ def _rates(half: float, tf32: float, fp32: float) -> dict[str, float]:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("A100", "sm_80", 108, 1.410e9, 2.039e12, 40 << 20, _rates(312e12, 156e12, 19.5e12)),
-        GPU("RTX4090", "sm_89", 128, 2.520e9, 1.008e12, 72 << 20, _rates(165e12, 82.6e12, 82.6e12)),
-        GPU("H100", "sm_90", 132, 1.830e9, 3.350e12, 50 << 20, _rates(989e12, 494e12, 67e12)),
-        GPU("H200", "sm_90", 132, 1.830e9, 4.800e12, 50 << 20, _rates(989e12, 494e12, 67e12)),
-        GPU("B200", "sm_100", 148, 1.965e9, 8.000e12, 126 << 20, _rates(2250e12, 1125e12, 75e12)),
-        GPU("MI300X", "gfx942", 304, 2.100e9, 5.300e12, 256 << 20, _rates(1307e12, 654e12, 163e12)),
+        GPU(
+            "A100",
+            "sm_80",
+            108,
+            1.410e9,
+            2.039e12,
+            40 << 20,
+            _rates(312e12, 156e12, 19.5e12),
+            80e9,
+            300e9,
+        ),
+        GPU(
+            "RTX4090",
+            "sm_89",
+            128,
+            2.520e9,
+            1.008e12,
+            72 << 20,
+            _rates(165e12, 82.6e12, 82.6e12),
+            24e9,
+            32e9,
+        ),
+        GPU(
+            "H100",
+            "sm_90",
+            132,
+            1.830e9,
+            3.350e12,
+            50 << 20,
+            _rates(989e12, 494e12, 67e12),
+            80e9,
+            450e9,
+        ),
+        GPU(
+            "H200",
+            "sm_90",
+            132,
+            1.830e9,
+            4.800e12,
+            50 << 20,
+            _rates(989e12, 494e12, 67e12),
+            141e9,
+            450e9,
+        ),
+        GPU(
+            "B200",
+            "sm_100",
+            148,
+            1.965e9,
+            8.000e12,
+            126 << 20,
+            _rates(2250e12, 1125e12, 75e12),
+            180e9,
+            900e9,
+        ),
+        GPU(
+            "MI300X",
+            "gfx942",
+            304,
+            2.100e9,
+            5.300e12,
+            256 << 20,
+            _rates(1307e12, 654e12, 163e12),
+            192e9,
+            448e9,
+        ),
     )
 }
 
