@@ -12,6 +12,7 @@ batch, the cache and the device change nothing but roundings, and a text generat
 is the text of one call.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 
 from gptcore import decoding
 from gptcore.model import GPT, KVCache
+from kernels.backend import resolve
 from kernels.rng import SITE_SAMPLE, philox4x32
 
 
@@ -254,14 +256,20 @@ class _Run:
 
     @torch.inference_mode()
     def _plain_steps(self, columns):
-        model, out, cache = self.model, self.out, None
+        model, out, cache, step = self.model, self.out, None, None
         block_size = model.config.block_size
         is_gpt = isinstance(model, GPT)
         if self.cached and columns:
             cache = KVCache(model.config, len(out), out.device, _compute_dtype(model))
+            plain = resolve("generate", model.config.backend, model.lm_head.weight) == "eager"
+            if plain and not torch.is_autocast_enabled(out.device.type):
+                step = decoding.plain_step(model, cache)
+            else:
+                step = functools.partial(model.next_logits, cache=cache)
         for t in columns:
             if cache is not None and t <= block_size:
-                logits = model.next_logits(out[:, cache.length : t], cache)
+                tokens = out[:, cache.length : t]
+                logits = step(tokens) if cache.length else model.next_logits(tokens, cache)
             else:
                 window = out[:, max(0, t - block_size) : t]
                 logits = model.next_logits(window) if is_gpt else model(window)[0][:, -1]

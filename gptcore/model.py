@@ -31,14 +31,14 @@ class KVCache:
     """Keys and values of the tokens seen so far, for decoding one token at a time.
 
     Attributes:
-        keys, values: (n_layer, B, H, block_size, D).
+        pair: (2, n_layer, B, H, block_size, D), of which keys and values are the halves.
         length: tokens held, at most block_size.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.D)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, config.n_layer, batch_size, config.n_head, config.block_size, config.D)
+        self.pair = torch.empty(shape, device=device, dtype=dtype)
+        self.keys, self.values = self.pair[0], self.pair[1]
         self.length = 0
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):

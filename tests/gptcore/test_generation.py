@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gptcore import decoding
 from gptcore.__main__ import _until, main
 from gptcore.config import GPTConfig
-from gptcore.decoding import Step
+from gptcore.decoding import Step, plain_step
 from gptcore.generation import Sampling, generate, stream, uniforms
 from gptcore.model import GPT, MODELS, KVCache, build_model
 from gptcore.naive import NaiveGPT
@@ -281,6 +281,38 @@ def test_cached_logits_are_the_uncached_within_rounding(T):
     error, plain = (torch.stack(cached, 1) - exact).abs().max(), (whole - exact).abs().max()
     assert error <= 2 * plain + 1e-6
     assert torch.equal(torch.stack(cached, 1).argmax(-1), whole.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "gelu", "qkv_bias": True, "attention_scale": "head_size"},
+        {"activation": "gelu_erf", "bias": False, "head_bias": False, "tied_head": True},
+        {"activation": "relu2", "head_size": 3, "n_head": 3},
+    ],
+    ids=str,
+)
+def test_plain_step_is_the_models_own(changes):
+    torch.manual_seed(0)
+    gpt = GPT(TINY.replace(**changes)).double().eval()
+    idx, caches = prompts(3, 8), [KVCache(gpt.config, 3, dtype=torch.float64) for _ in range(2)]
+    step = plain_step(gpt, caches[0])
+    with torch.inference_mode():
+        for t in range(8):
+            expected = gpt.next_logits(idx[:, t : t + 1], caches[1])
+            actual = step(idx[:, t : t + 1])
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert caches[0].length == 8
+
+
+def test_autocast_is_respected(pair):
+    """Keys and values in bfloat16, and the text of the uncached loop under it."""
+    gpt = pair[1].float()
+    options = {"max_new_tokens": 12, "temperature": 0.0}
+    with torch.autocast("cpu", torch.bfloat16):
+        cached = generate(gpt, prompts(2, 3), **options)
+        assert torch.equal(cached, generate(gpt, prompts(2, 3), cache=False, **options))
 
 
 BAD = {
