@@ -37,8 +37,9 @@ from kernels.rng import (
 
 TASKS = ("add", "arithmetic")
 IGNORED = -100  # the target of a token that does not count
-VALIDATION_PROBLEMS = 10_000  # at most; more held-out problems than this are thinned evenly
+VALIDATION_PROBLEMS = 10_000  # at most, of the held-out problems
 _END = ord("\n")
+_PRIME = 2654435761  # near 2**32 divided by the golden ratio
 
 
 class Arithmetic:
@@ -188,7 +189,8 @@ class Arithmetic:
         Yields idx, targets (<= size, block_size).
         """
         count = min(self.held_out, VALIDATION_PROBLEMS)
-        for n in (torch.arange(count, device=self.device) * self.held_out // count).split(size):
+        spread = torch.arange(count, device=self.device) * _PRIME % self.held_out  # all different
+        for n in spread.split(size):
             yield self.rows(*self.problems(n, held_out=True), block_size)
 
     def training_sample(self, batches: int, size: int, block_size: int):
@@ -227,8 +229,8 @@ class Arithmetic:
 
     def answers(self, model, count: int = 5) -> Iterator[str]:
         """Yield what `model` answers to `count` held-out questions, and what is right."""
-        n = torch.arange(count, device=self.device) * self.held_out // count
-        idx, targets = self.rows(*self.problems(n, held_out=True), self.width - 1)
+        key = make_key(0, 0, 0, self.device)
+        idx, targets = self.batch(key, count, self.width - 1, split="val", site=SITE_EVALUATION)
         right = torch.cat((idx, targets[:, -1:].clamp(min=0)), 1)
         for row, expected in zip(self.solve(model, idx[:, : self.question]), right, strict=True):
             row, expected = (
