@@ -94,6 +94,7 @@ class Case:
         unit: "TFLOP/s", "GB/s" or "tokens/s".
         quick: part of --quick; full: part of --full only.
         flush: False where a call passes the caches many times over.
+        config: fields of the GPTConfig where a whole model is measured.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Case:
     quick: bool = False
     full: bool = False
     flush: bool = True
+    config: dict[str, Any] | None = None
 
 
 @dataclass
@@ -209,6 +211,7 @@ def run_case(
         "sweeps": list(case.sweeps),
         "unit": case.unit,
         "work": {"flops": case.work.flops, "bytes": case.work.bytes, "tokens": case.work.tokens},
+        **({"config": case.config} if case.config else {}),
         **limit(case.work, ceilings),
         "results": list(results.values()),
     }

@@ -238,6 +238,7 @@ def step_case(size: Size, options: Options, *, only: tuple[str, ...] | None = No
         contestants=(OURS, *(only or PEERS)),
         phase="step",
         flush=False,
+        config=dataclasses.asdict(config),
         **rest,
     )
 
