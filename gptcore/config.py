@@ -400,10 +400,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "n_embd": 128,
         "dropout": 0.0,
-        "max_iters": 1800,
-        "learning_rate": 3e-3,
+        "max_iters": 1000,  # 1,024,000 tokens reach 1.878
+        "learning_rate": 4e-3,
         "min_lr": 0.0,
-        "eval_interval": 450,
+        "eval_interval": 500,
         "eval_iters": 20,
     },
 }
