@@ -216,6 +216,7 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     compile: bool = _option(False, "run the model through torch.compile")
+    cuda_graph: bool = _option(True, "on a GPU, capture the whole step in one CUDA graph")
     log: str = _option(
         "none", "metrics also to tensorboard or wandb", choices=("none", "tensorboard", "wandb")
     )
@@ -494,7 +495,7 @@ def _underscored(arg: str) -> str:
     return "--" + name.replace("-", "_") + equals + value
 
 
-def _from_text(field: dataclasses.Field) -> Callable[[str], Any]:
+def from_text(field: dataclasses.Field) -> Callable[[str], Any]:
     """Reads a flag's text as a value of the type of `field`."""
     kinds = _kinds(field)
 
@@ -522,13 +523,16 @@ def parse_settings(argv: Sequence[str] | None = None, prog: str = "train.py") ->
 
     Raises: ConfigError on unknown flags, keys, presets or values of the wrong type.
     """
-    parser = Parser(
-        prog=prog,
-        description="Train a GPT on a text.",
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="presets: auto, " + ", ".join(PRESETS),
-    )
+    parser = Parser(prog=prog, description="Train a GPT on a text.")
+    add_training_flags(parser)
+    return take_settings(vars(parser.parse_args(argv)))
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the flags of training; those not given leave no trace in the namespace."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s [--FLAG VALUE ...]"
+    parser.epilog = "presets: auto, " + ", ".join(PRESETS)
     parser.add_argument("--preset", default=None, help="where the settings start; default auto")
     parser.add_argument("--config", default=None, metavar="FILE.toml", help="settings, one a line")
     groups = (
@@ -542,13 +546,21 @@ def parse_settings(argv: Sequence[str] | None = None, prog: str = "train.py") ->
             default = "" if field.default is None else f" [{field.default}]"
             group.add_argument(
                 f"--{field.name}",
-                type=_from_text(field),
+                type=from_text(field),
+                default=argparse.SUPPRESS,
                 metavar="X",
                 help=(help_of(field) + default).replace("%", "%%"),
                 **optional,
             )
-    given = vars(parser.parse_args(argv))
-    preset, file = given.pop("preset"), given.pop("config")
+
+
+def take_settings(arguments: dict[str, Any]) -> Settings:
+    """The settings in parsed arguments that `add_training_flags` described; others are ignored.
+
+    Raises: ConfigError on an unknown preset, or unknown keys and values in the TOML file.
+    """
+    given = {name: value for name, value in arguments.items() if name in FIELDS}
+    preset, file = arguments["preset"], arguments["config"]
     from_file = read_toml(file) if file is not None else {}
     preset = preset or from_file.pop("preset", "auto")
     from_file.pop("preset", None)
