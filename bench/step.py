@@ -86,7 +86,12 @@ class _Bench:
 
         run = self.run
         return Step(
-            run.model, run.optimizer, run.corpus, run.config, device=run.device, dtype=run.dtype
+            run.model,
+            run.optimizer,
+            run.corpus,
+            run.config,
+            device=run.device,
+            dtype=run.update.dtype,
         )
 
     def wired(self, wiring: dict[str, Any]) -> models.GPT:

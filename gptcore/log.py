@@ -234,8 +234,9 @@ def announce(run: Run, rate: float) -> None:
         f"{unit}, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})\n"
         f"model   {config.model}, {parameters:,} parameters: {shape.n_layer} layers, "
         f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
-        f"device  {machine.describe(run.device)}, {str(run.dtype).removeprefix('torch.')}, "
-        f"matrix products {rate / 1e9:,.0f} GFLOP/s\n"
+        f"device  {machine.describe(run.device)}, matrix products {rate / 1e9:,.0f} GFLOP/s\n"
+        f"step    {str(run.update.dtype).removeprefix('torch.')}: {run.dtype_reason}; "
+        f"{run.update.how}\n"
         f"run     {run.folder}, steps {run.step} to {config.max_iters} of "
         f"{config.sequences} x {shape.block_size} tokens"
     )

@@ -1,6 +1,5 @@
 """The machine a run is on: device, precision, how fast it multiplies, how much memory went."""
 
-import contextlib
 import time
 
 import torch
@@ -27,20 +26,6 @@ def pick_device(name: str) -> torch.device:
             "use --device cpu or install the build of torch for your GPU"
         )
     return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `--dtype` names; "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-def autocast(device: torch.device, dtype: torch.dtype):
-    """Mixed precision of one forward; nothing for float32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

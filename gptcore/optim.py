@@ -103,8 +103,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, fused=True
         )
+    lr, on_gpu = config.learning_rate, groups[0]["params"][0].is_cuda
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+        groups,
+        lr=torch.tensor(lr, device=groups[0]["params"][0].device) if on_gpu else lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+        capturable=on_gpu,
     )
 
 
@@ -122,6 +127,9 @@ def apply_schedule(optimizer: torch.optim.Optimizer, step: int, config: TrainCon
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """For every group."""
+    """For every group; a learning rate that is a tensor is filled where it lies."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

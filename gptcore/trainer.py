@@ -7,12 +7,11 @@ so that weights, optimizer state and step are all that resuming needs.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,12 @@ from gptcore.config import (
     split_fields,
     to_json,
 )
-from gptcore.data import BatchStream, Corpus, load_text
+from gptcore.data import Corpus, load_text
 from gptcore.generation import generate
 from gptcore.log import Log, announce, resume_command, trim_metrics
-from gptcore.model import GPT, build_model
-from gptcore.optim import apply_schedule, make_optimizer
+from gptcore.model import build_model
+from gptcore.optim import make_optimizer
+from gptcore.step import Step, pick_dtype
 from gptcore.tasks import Arithmetic, task_of
 from gptcore.tokenizer import tokenizer_for
 from gptcore.trackers import check_tracker
@@ -53,21 +53,25 @@ EVALUATION_TOKENS = 4096  # per forward at least; small training batches would w
 
 @dataclass
 class Run:
-    """Everything a run holds; `step`, `elapsed_s` and `best_val_loss` move as it goes on."""
+    """Everything a run holds; `elapsed_s` and the best loss move as it goes on, as `step` does."""
 
     folder: Path
     config: TrainConfig
     corpus: Corpus | Arithmetic
     model: nn.Module
-    forward: Callable  # model, compiled if asked for; (idx, targets, key) -> (_, loss)
     optimizer: torch.optim.Optimizer
+    update: Step
     device: torch.device
-    dtype: torch.dtype
+    dtype_reason: str
     config_json: str
-    step: int = 0
     elapsed_s: float = 0.0
     best_val_loss: float = math.inf
     best_step: int = 0
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.update.step
 
 
 @dataclass(frozen=True)
@@ -128,16 +132,26 @@ def prepare(settings: Settings) -> Run:
             print(f"        learning rate {config.learning_rate:g}, a tenth of the preset's")
     finetune.freeze(model, config.freeze)
     optimizer = make_optimizer(model, config)
+    counters = {} if checkpoint is None else _restore(checkpoint, model, optimizer)
+    dtype, dtype_reason = pick_dtype(model, corpus, config, device)
     config = config.replace(out_dir=str(_make_folder(config, preset)), resume=False)
     run = Run(
         folder=Path(config.out_dir),
         config=config,
         corpus=corpus,
         model=model,
-        forward=_loss_function(model, config),
         optimizer=optimizer,
+        update=Step(
+            model,
+            optimizer,
+            corpus,
+            config,
+            device=device,
+            dtype=dtype,
+            step=counters.pop("step", 0),
+        ),
         device=device,
-        dtype=machine.pick_dtype(config.dtype, device),
+        dtype_reason=dtype_reason,
         config_json=to_json(
             config,
             model_config,
@@ -150,9 +164,8 @@ def prepare(settings: Settings) -> Run:
             },
             versions={"python": platform.python_version(), "torch": str(torch.__version__)},
         ),
+        **counters,
     )
-    if checkpoint is not None:
-        _restore(run, checkpoint)
     (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
     trim_metrics(run.folder / "metrics.jsonl", -1 if checkpoint is None else run.step)
     return run
@@ -219,70 +232,49 @@ def _make_folder(config: TrainConfig, preset: str) -> Path:
     raise ConfigError("runs/ is full; give --out_dir")
 
 
-def _loss_function(model: nn.Module, config: TrainConfig) -> Callable:
-    """(idx, targets, key) -> (_, loss); the GPT then never holds all logits."""
-    forward = torch.compile(model) if config.compile else model
-    if isinstance(model, GPT):
-        return functools.partial(forward, return_logits=False)
-    return forward
-
-
-def _restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer and counters of `checkpoint`."""
-    checkpoint.load_weights(run.model)
+def _restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Load weights and optimizer; returns the counters of the run."""
+    checkpoint.load_weights(model)
     state = checkpoint.load_state()
     options = [
         {name: value for name, value in group.items() if name != "params"}
-        for group in run.optimizer.param_groups
+        for group in optimizer.param_groups
     ]
     try:
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step, run.elapsed_s = int(state["step"]), float(state["elapsed_s"])
-        run.best_val_loss, run.best_step = float(state["best_val_loss"]), int(state["best_step"])
+        optimizer.load_state_dict(state["optimizer"])
+        counters = {
+            "step": int(state["step"]),
+            "elapsed_s": float(state["elapsed_s"]),
+            "best_val_loss": float(state["best_val_loss"]),
+            "best_step": int(state["best_step"]),
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{checkpoint.folder}: state.pt does not fit this model: {error}"
         ) from error
-    for group, given in zip(run.optimizer.param_groups, options, strict=True):
+    for group, given in zip(optimizer.param_groups, options, strict=True):
         group.update(given)  # load_state_dict brings back the options of then
+    return counters
 
 
 # ---- one step, one evaluation ----------------------------------------------------------------
 
 
-def training_step(run: Run, batches: BatchStream) -> torch.Tensor:
+def training_step(run: Run) -> torch.Tensor:
     """One update; returns the mean loss before it, on the device."""
-    config, total = run.config, None
-    apply_schedule(run.optimizer, run.step, config)
-    for first in range(0, config.sequences, config.batch_size):
-        idx, targets = batches.batch(run.step, first, config.batch_size)
-        key = make_key(config.seed, run.step, first, run.device)
-        with machine.autocast(run.device, run.dtype):
-            _, loss = run.forward(idx, targets, key)
-        if config.gradient_accumulation_steps > 1:
-            loss = loss / config.gradient_accumulation_steps
-        loss.backward()
-        total = loss.detach() if total is None else total + loss.detach()
-    if config.grad_clip:
-        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    return total
+    return run.update()
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype=torch.float32
-) -> Evaluation:
+def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
     """Mean loss and accuracy over all targets of `batches`; targets of -100 do not count."""
     training = model.training
     model.eval()
     loss_sum = correct = count = rows_right = rows = 0
     for idx, targets in batches:
-        with machine.autocast(idx.device, dtype):
-            logits, loss = model(idx, targets)
+        logits, loss = model(idx, targets)
         counted = targets != -100
         tokens = counted.sum()
         loss_sum = loss_sum + loss.double() * tokens
@@ -299,7 +291,7 @@ def evaluate_exactly(run: Run) -> Evaluation:
     """The whole validation split, each token once."""
     block_size = run.model.config.block_size
     size = max(run.config.batch_size, EVALUATION_TOKENS // block_size)
-    return evaluate(run.model, run.corpus.validation(size, block_size), run.dtype)
+    return evaluate(run.update.compute, run.corpus.validation(size, block_size))
 
 
 def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
@@ -307,9 +299,9 @@ def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
     config, block_size = run.config, run.model.config.block_size
     if config.eval_mode == "exact":
         sample = run.corpus.training_sample(config.eval_iters, config.batch_size, block_size)
-        return evaluate(run.model, sample, run.dtype), evaluate_exactly(run)
+        return evaluate(run.update.compute, sample), evaluate_exactly(run)
     return tuple(
-        evaluate(run.model, _sampled(run, split, first), run.dtype)
+        evaluate(run.update.compute, _sampled(run, split, first))
         for first, split in enumerate(("train", "val"))
     )
 
@@ -336,10 +328,9 @@ def train(settings: Settings) -> Path:
     """
     run = prepare(settings)
     config = run.config
-    rate = machine.matmul_rate(run.device, run.dtype)
+    rate = machine.matmul_rate(run.device, run.update.dtype)
     announce(run, rate)
     log = Log(run, flops_per_step(run.model, config.sequences) / rate)
-    batches = BatchStream(run.corpus, config.seed, config.sequences, run.model.config.block_size)
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
     resumed_at, evaluation = run.step if run.elapsed_s else None, None
     with _stop_on_signals() as stop, log.progress_bar():
@@ -358,7 +349,7 @@ def train(settings: Settings) -> Path:
                 save(run, "last")
             if stopping:
                 break
-            loss = training_step(run, batches)
+            loss = training_step(run)
             log.stepped(loss)
     log.plot()
     if run.step < config.max_iters:
@@ -393,11 +384,11 @@ def show_sample(run: Run) -> None:
     if not run.config.sample_tokens:
         return
     if isinstance(run.corpus, Arithmetic):
-        tqdm.write("\n".join("  | " + line for line in run.corpus.answers(run.model)))
+        tqdm.write("\n".join("  | " + line for line in run.corpus.answers(run.update.compute)))
         return
     tokenizer = run.corpus.tokenizer
     idx = generate(
-        run.model,
+        run.update.compute,
         run.corpus.val[:1].long()[None],
         max_new_tokens=run.config.sample_tokens,
         temperature=0.8,

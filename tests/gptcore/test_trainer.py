@@ -95,7 +95,7 @@ def test_a_step_is_the_notebooks_step(prepared):
         expected.backward()
         torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
         optimizer.step()
-        torch.testing.assert_close(training_step(run, batches), expected)
+        torch.testing.assert_close(training_step(run), expected)
     for a, b in zip(run.model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
 
@@ -110,7 +110,7 @@ def test_accumulation_changes_nothing(prepared, model, dropout):
     for run in runs:
         run.optimizer.step = lambda: None
         run.optimizer.zero_grad = lambda set_to_none: None
-        losses.append(training_step(run, stream_of(run)))
+        losses.append(training_step(run))
     torch.testing.assert_close(*losses)
     for a, b in zip(*(run.model.parameters() for run in runs), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
@@ -120,10 +120,7 @@ def test_batched_and_naive_learn_the_same(prepared):
     """The same weights, batches and masks: the same losses, with dropout."""
     fast, slow = prepared("--model=gpt"), prepared("--model=naive")
     slow.model.load_state_dict(fast.model.to_naive().state_dict())
-    losses = [
-        [training_step(run, batches).item() for _ in range(8)]
-        for run, batches in ((fast, stream_of(fast)), (slow, stream_of(slow)))
-    ]
+    losses = [[training_step(run).item() for _ in range(8)] for run in (fast, slow)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0] != pytest.approx([losses[0][0]] * 8, abs=1e-2)  # it does learn
 
@@ -132,7 +129,7 @@ def test_gradients_are_clipped(prepared):
     run = prepared("--grad_clip=1e-3")
     run.optimizer.step = lambda: None
     run.optimizer.zero_grad = lambda set_to_none: None
-    training_step(run, stream_of(run))
+    training_step(run)
     norm = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
     assert norm == pytest.approx(1e-3, rel=1e-2)
 
@@ -178,7 +175,7 @@ def test_sampled_evaluation_is_repeatable_and_near(prepared):
     first, second = trainer.evaluate_splits(run), trainer.evaluate_splits(run)
     assert first == second
     assert first[1].loss == pytest.approx(evaluate_exactly(run).loss, rel=0.05)
-    run.step = 1
+    run.update.step = 1
     assert trainer.evaluate_splits(run) != first
 
 
@@ -256,10 +253,10 @@ def test_resuming_is_bit_identical(
     folder = tmp_path / "run"
     real = trainer.training_step
 
-    def interrupted(run, batches):
+    def interrupted(run):
         if run.step == at:
             signal.raise_signal(number)
-        return real(run, batches)
+        return real(run)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "training_step", interrupted)
@@ -282,10 +279,10 @@ def test_a_crash_between_saves_goes_back_to_the_last(
     folder = tmp_path / "run"
     real = trainer.training_step
 
-    def crashing(run, batches):
+    def crashing(run):
         if run.step == 7:
             raise ZeroDivisionError
-        return real(run, batches)
+        return real(run)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "training_step", crashing)
@@ -336,8 +333,8 @@ def test_a_loss_that_is_no_number_stops_the_run(
 ):
     real = trainer.training_step
 
-    def exploding(run, batches):
-        loss = real(run, batches)
+    def exploding(run):
+        loss = real(run)
         return loss * float("nan") if run.step == 6 else loss
 
     monkeypatch.setattr(trainer, "training_step", exploding)

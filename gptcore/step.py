@@ -1,0 +1,223 @@
+"""One update of the weights: batch, forward, backward, clipping, optimizer.
+
+What an update reads that changes from one to the next is the step, in the key, and the learning
+rate. On a GPU both live there, so that after a few eager updates the whole of one is captured in
+a CUDA graph and replayed from then on: one launch instead of hundreds, the same bits.
+
+In bfloat16 the optimizer holds float32 master weights; a bfloat16 copy of the model computes, and
+gradients of micro-batches add up in float32.
+"""
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from gptcore.config import TrainConfig
+from gptcore.data import BatchStream
+from gptcore.model import GPT
+from gptcore.optim import apply_schedule
+from kernels.rng import make_key
+
+EAGER_UPDATES = 3  # before capture: lazy initialisation, autotuning, allocator
+
+
+class HalfCopy:
+    """The bfloat16 copy of a float32 model, and the way of gradients and weights between them.
+
+    Attributes:
+        model: the copy; its parameters are what forward and backward use.
+    """
+
+    def __init__(self, master: nn.Module, dtype: torch.dtype):
+        self.model = copy.deepcopy(master).to(dtype)
+        pairs = zip(master.parameters(), self.model.parameters(), strict=True)
+        self.pairs = [(m, h) for m, h in pairs if m.requires_grad]
+        self.masters = [m for m, _ in self.pairs]
+        self.halves = [h for _, h in self.pairs]
+
+    @torch.no_grad()
+    def move_gradients(self) -> None:
+        """Add the copy's gradients to the masters', in float32, and forget them."""
+        halves = [h.grad for h in self.halves]
+        if self.masters[0].grad is None:
+            for master in self.masters:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_([m.grad for m in self.masters], halves)
+        else:
+            torch._foreach_add_([m.grad for m in self.masters], halves)
+        for half in self.halves:
+            half.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters into the copy."""
+        torch._foreach_copy_(self.halves, self.masters)
+
+
+class Step:
+    """Runs updates `step`, `step + 1`, ... of `model`, one a call.
+
+    Args:
+        model: float32; in training mode.
+        optimizer: over the parameters of `model`.
+        corpus: has batch(key, size, block_size) -> idx, targets.
+        dtype: of the computation, float32 or bfloat16.
+        step: updates done so far.
+    Attributes:
+        compute: the module that forward runs: `model`, or its copy in `dtype`.
+        eager_reason: why no CUDA graph is used, None if one is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        corpus,
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        step: int = 0,
+    ):
+        self.model, self.optimizer, self.corpus, self.config = model, optimizer, corpus, config
+        self.device, self.dtype, self.step = device, dtype, step
+        self.half = HalfCopy(model, dtype) if dtype != torch.float32 else None
+        self.compute = self.half.model if self.half else model
+        self.forward = loss_function(self.compute, config)
+        self.block_size = model.config.block_size
+        self.key = make_key(config.seed, step, 0, device)
+        self.offsets = {
+            first: torch.tensor([0, 0, first], device=device)
+            for first in range(config.batch_size, config.sequences, config.batch_size)
+        }
+        self.stream = None
+        if device.type == "cpu" and hasattr(corpus, "train"):
+            self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.eager_reason = eager_reason(config, device)
+        self.updates, self.graph, self.loss = 0, None, None
+
+    @property
+    def how(self) -> str:
+        """How updates run, in words."""
+        if self.eager_reason is None:
+            return "captured in one CUDA graph"
+        return f"eager, because {self.eager_reason}"
+
+    def __call__(self) -> torch.Tensor:
+        """One update; returns the mean loss before it, on the device.
+
+        With a CUDA graph the returned tensor is overwritten by the next call.
+        """
+        apply_schedule(self.optimizer, self.step, self.config)
+        if self.eager_reason is None:
+            loss = self._on_gpu()
+        else:
+            loss = self._update()
+        self.step += 1
+        self.updates += 1
+        return loss
+
+    def _on_gpu(self) -> torch.Tensor:
+        """An update on a side stream, as capture wants it, or the captured one."""
+        if self.graph is not None:
+            self.graph.replay()
+            return self.loss
+        if self.updates < EAGER_UPDATES:
+            side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                loss = self._update()
+            current.wait_stream(side)
+            return loss
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self._update()
+        self.graph.replay()  # capturing ran nothing
+        return self.loss
+
+    def _update(self) -> torch.Tensor:
+        """The update itself; nothing in it waits for the device."""
+        config, total = self.config, None
+        for first in range(0, config.sequences, config.batch_size):
+            key = self.key + self.offsets[first] if first else self.key
+            _, loss = self.forward(*self._batch(key, first), key)
+            if config.gradient_accumulation_steps > 1:
+                loss = loss / config.gradient_accumulation_steps
+            loss.backward()
+            if self.half:
+                self.half.move_gradients()
+            total = loss.detach() if total is None else total + loss.detach()
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.half:
+            self.half.refresh()
+        self.key[1] += 1
+        return total
+
+    def _batch(self, key, first):
+        """idx, targets of one micro-batch."""
+        if self.stream is not None:
+            return self.stream.batch(self.step, first, self.config.batch_size)
+        return self.corpus.batch(key, self.config.batch_size, self.block_size)
+
+
+def loss_function(model: nn.Module, config: TrainConfig) -> Callable:
+    """(idx, targets, key) -> (_, loss); the GPT then never holds all logits."""
+    forward = torch.compile(model) if config.compile else model
+    if isinstance(model, GPT):
+        return functools.partial(forward, return_logits=False)
+    return forward
+
+
+def eager_reason(config: TrainConfig, device: torch.device) -> str | None:
+    """Why updates are not replayed from a CUDA graph; None if they are."""
+    if device.type != "cuda":
+        return f"a {device.type.upper()} has no CUDA graphs"
+    if config.model != "gpt":
+        return f"--model {config.model} reads its dropout key on the host"
+    if config.optimizer != "adamw":
+        return f"--optimizer {config.optimizer} reads its learning rate on the host"
+    if config.cycle_momentum and config.schedule in ("cyclic", "onecycle"):
+        return "a cycled momentum is a number of the host"
+    if not config.cuda_graph:
+        return "of --no-cuda_graph"
+    return None
+
+
+def pick_dtype(
+    model: nn.Module, corpus, config: TrainConfig, device: torch.device
+) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why.
+
+    "auto" is bfloat16 on a GPU. On a CPU it is bfloat16 only where the CPU multiplies it in
+    hardware (AMX, AVX512-BF16) and forward and backward on a batch of the run are then faster:
+    both are timed, in turns.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), f"--dtype {config.dtype}"
+    if device.type != "cpu":
+        return torch.bfloat16, "a GPU multiplies it fastest"
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32, "this CPU has no bfloat16 products"
+    key = make_key(config.seed, 0, 0, device)
+    idx, targets = corpus.batch(key, config.batch_size, model.config.block_size)
+    contestants = {torch.float32: model, torch.bfloat16: HalfCopy(model, torch.bfloat16).model}
+    best = dict.fromkeys(contestants, float("inf"))
+    for _ in range(3):
+        for dtype, contestant in contestants.items():
+            start = time.perf_counter()
+            loss_function(contestant, config)(idx, targets, key)[1].backward()
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+            contestant.zero_grad(set_to_none=True)
+    float32_ms, bfloat16_ms = (1e3 * best[dtype] for dtype in contestants)
+    return (
+        min(best, key=best.get),
+        f"forward and backward took {float32_ms:.0f} ms in float32, {bfloat16_ms:.0f} in bfloat16",
+    )

@@ -1,0 +1,138 @@
+"""One update: the same on every path, master weights in float32, and what is never captured."""
+
+import pytest
+import torch
+
+from gptcore import step as step_module
+from gptcore.config import TrainConfig, parse_settings
+from gptcore.step import HalfCopy, Step, eager_reason, pick_dtype
+from gptcore.trainer import prepare
+
+
+@pytest.fixture
+def prepared(tiny_flags, tmp_path):
+    """prepare(flags) -> a Run of the tiny settings."""
+    count = iter(range(100))
+
+    def make(*flags):
+        folder = tmp_path / f"run{next(count)}"
+        return prepare(parse_settings([*tiny_flags, f"--out_dir={folder}", *flags]))
+
+    return make
+
+
+def state_of(run):
+    """Every number an update changes."""
+    moments = [v for s in run.optimizer.state.values() for v in s.values()]
+    return [*(p.detach().clone() for p in run.model.parameters()), *moments]
+
+
+def test_batches_drawn_ahead_equal_those_drawn_step_by_step(prepared):
+    """The stream of a CPU and the drawing inside an update, as a GPU has it, agree."""
+    ahead, inside = prepared("--dropout=0.2"), prepared("--dropout=0.2")
+    inside.update.stream = None
+    assert ahead.update.stream is not None
+    assert [ahead.update().item() for _ in range(4)] == [inside.update().item() for _ in range(4)]
+    assert all(map(torch.equal, state_of(ahead), state_of(inside)))
+
+
+def test_an_update_goes_on_where_its_step_says(prepared):
+    """Update n is a function of the weights and of n alone."""
+    whole, parted = prepared("--dropout=0.2"), prepared("--dropout=0.2")
+    losses = [whole.update().item() for _ in range(4)]
+    first = [parted.update().item() for _ in range(2)]
+    again = Step(
+        parted.model,
+        parted.optimizer,
+        parted.corpus,
+        parted.config,
+        device=parted.device,
+        step=2,
+    )
+    assert [*first, again().item(), again().item()] == losses
+    shifted = Step(
+        parted.model, parted.optimizer, parted.corpus, parted.config, device=parted.device, step=9
+    )
+    assert shifted.key.tolist() == [parted.config.seed, 9, 0]
+
+
+def test_bfloat16_computes_on_a_copy_of_float32_masters(prepared):
+    run = prepared("--dtype=bfloat16", "--dropout=0")
+    reference = prepared("--dtype=float32", "--dropout=0")
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in run.update.compute.parameters()} == {torch.bfloat16}
+    for _ in range(5):
+        loss, expected = run.update().item(), reference.update().item()
+        assert loss == pytest.approx(expected, rel=2e-2)
+    for master, half in zip(run.model.parameters(), run.update.compute.parameters(), strict=True):
+        assert torch.equal(master.to(torch.bfloat16), half)
+    # Updates smaller than a bfloat16 rounding are kept in the masters.
+    assert any((m != m.to(torch.bfloat16)).any() for m in run.model.parameters())
+
+
+def test_micro_batch_gradients_add_in_float32():
+    master = torch.nn.Linear(4, 1, bias=False)
+    half = HalfCopy(master, torch.bfloat16)
+    for value in (1.0, 2**-10, 2**-10):  # 1 + 2**-10 is lost in bfloat16
+        half.halves[0].grad = torch.full((1, 4), value, dtype=torch.bfloat16)
+        half.move_gradients()
+    assert torch.equal(master.weight.grad, torch.full((1, 4), 1 + 2**-9))
+    assert half.halves[0].grad is None
+
+
+def test_accumulation_in_bfloat16_equals_float32_sums(prepared):
+    flags = ("--dtype=bfloat16", "--dropout=0.2")
+    runs = prepared(*flags), prepared(*flags, "--batch_size=4", "--gradient_accumulation_steps=4")
+    whole, parts = (run.update().item() for run in runs)
+    assert whole == pytest.approx(parts, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "reason"),
+    [
+        (TrainConfig(), "cpu", "CPU has no CUDA graphs"),
+        (TrainConfig(), "cuda", None),
+        (TrainConfig(gradient_accumulation_steps=4), "cuda", None),
+        (TrainConfig(model="naive"), "cuda", "--model naive"),
+        (TrainConfig(optimizer="sgd"), "cuda", "--optimizer sgd"),
+        (TrainConfig(cuda_graph=False), "cuda", "--no-cuda_graph"),
+        (TrainConfig(schedule="cyclic", cycle_momentum=True), "cuda", "momentum"),
+    ],
+)
+def test_why_an_update_is_not_captured(config, device, reason):
+    found = eager_reason(config, torch.device(device))
+    assert found is None if reason is None else reason in found
+
+
+def test_the_dtype_of_a_cpu_is_timed_where_it_has_bfloat16(prepared, monkeypatch):
+    run = prepared()
+    arguments = run.model, run.corpus, run.config.replace(dtype="auto"), torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert pick_dtype(*arguments) == (torch.float32, "this CPU has no bfloat16 products")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for faster, expected in ((0, torch.float32), (1, torch.bfloat16)):
+        # A clock that moves 1 s in the faster contestant and 5 s in the other.
+        ticks = iter([0, 1, 1, 6] * 3 if faster == 0 else [0, 5, 5, 6] * 3)
+        monkeypatch.setattr(step_module.time, "perf_counter", lambda ticks=ticks: next(ticks))
+        dtype, reason = pick_dtype(*arguments)
+        assert dtype == expected and "5000 ms" in reason or "1000 ms" in reason
+    monkeypatch.undo()
+    assert all(p.grad is None for p in run.model.parameters())
+    assert pick_dtype(*arguments[:2], run.config.replace(dtype="bfloat16"), arguments[3])[0] == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [(), ("--batch_size=4", "--gradient_accumulation_steps=4")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_captured_update_equals_the_eager_one_bit_for_bit(prepared, flags, dtype):
+    flags = (*flags, "--device=cuda", f"--dtype={dtype}", "--dropout=0.2", "--grad_clip=1")
+    captured = prepared(*flags, "--cuda_graph")
+    eager = prepared(*flags, "--no-cuda_graph")
+    assert captured.update.eager_reason is None and eager.update.eager_reason is not None
+    losses = [[run.update().item() for _ in range(10)] for run in (captured, eager)]
+    assert captured.update.graph is not None
+    assert losses[0] == losses[1] and len(set(losses[0])) == 10
+    assert all(map(torch.equal, state_of(captured), state_of(eager)))
