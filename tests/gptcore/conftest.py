@@ -54,3 +54,18 @@ def two_threads_at_most():
     torch.set_num_threads(min(2, before))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def prepared(tiny_flags, tmp_path):
+    """prepare(flags) -> a Run of the tiny settings."""
+    from gptcore.config import parse_settings
+    from gptcore.trainer import prepare
+
+    count = iter(range(100))
+
+    def make(*flags):
+        folder = tmp_path / f"run{next(count)}"
+        return prepare(parse_settings([*tiny_flags, f"--out_dir={folder}", *flags]))
+
+    return make

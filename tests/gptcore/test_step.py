@@ -4,21 +4,8 @@ import pytest
 import torch
 
 from gptcore import step as step_module
-from gptcore.config import TrainConfig, parse_settings
+from gptcore.config import TrainConfig
 from gptcore.step import HalfCopy, Step, eager_reason, pick_dtype
-from gptcore.trainer import prepare
-
-
-@pytest.fixture
-def prepared(tiny_flags, tmp_path):
-    """prepare(flags) -> a Run of the tiny settings."""
-    count = iter(range(100))
-
-    def make(*flags):
-        folder = tmp_path / f"run{next(count)}"
-        return prepare(parse_settings([*tiny_flags, f"--out_dir={folder}", *flags]))
-
-    return make
 
 
 def state_of(run):

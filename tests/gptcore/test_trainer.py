@@ -18,18 +18,6 @@ from gptcore.optim import learning_rate, parameter_groups
 from gptcore.trainer import evaluate, evaluate_exactly, prepare, training_step
 
 
-@pytest.fixture
-def prepared(tiny_flags, tmp_path):
-    """prepare(flags) -> a Run of the tiny settings."""
-    count = iter(range(100))
-
-    def make(*flags):
-        folder = tmp_path / f"run{next(count)}"
-        return prepare(parse_settings([*tiny_flags, f"--out_dir={folder}", *flags]))
-
-    return make
-
-
 def weights_of(folder, name="last"):
     return load_file(folder / name / "model.safetensors")
 
