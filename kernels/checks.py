@@ -370,7 +370,7 @@ def parts(op: str, settings: Settings) -> list[tuple[str, str, str]]:
     return list(itertools.product((op,), settings.backends, settings.dtypes))
 
 
-def check_part(part: tuple[str, str, str], settings: Settings) -> list[Result]:
+def part_results(part: tuple[str, str, str], settings: Settings) -> Iterator[Result]:
     """Everything the certificate says about one of `parts`; an exception is a failed result."""
     op, backend, dtype = part
     if op == "dropout_keep_mask":
@@ -379,7 +379,12 @@ def check_part(part: tuple[str, str, str], settings: Settings) -> list[Result]:
         results = _registered[op](settings, backend, dtype)
     else:
         results = _check_kernel_op(op, settings, backend, dtype)
-    return list(_guarded((op, "", dtype, backend), results))
+    return _guarded((op, "", dtype, backend), results)
+
+
+def check_part(part: tuple[str, str, str], settings: Settings) -> list[Result]:
+    """`part_results` as a list, which can travel between processes."""
+    return list(part_results(part, settings))
 
 
 def _check_kernel_op(op: str, settings: Settings, backend: str, dtype: str) -> Iterator[Result]:

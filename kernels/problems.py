@@ -250,9 +250,9 @@ def embed(draw: Draw, B=1, T=16, C=16, V=16, p=0.0) -> Problem:
 class Shapes:
     """The sizes an op is checked at, as names: "B2-T65-H2-D16-p0.2".
 
-    quick: always, except that float16 and bfloat16 make do with the first without --full;
-    full: with --full; large: with --full on a GPU and on the eager backend, not interpreted;
-    draw: one more at random.
+    quick: always, though interpreted float16 and bfloat16 make do with the first of them;
+    full: with --full, and always where nothing is interpreted; large: with --full where nothing
+    is interpreted; draw: one more at random.
     """
 
     build: Callable[..., Problem]
@@ -275,6 +275,7 @@ SHAPES = {
         quick=("B1-H2-T33-D16-p0.2", "B1-H1-T17-D85-scale0.05", "B1-H1-T3-Tk40-D8-p0.5"),
         full=(
             "B2-H2-T65-D16-p0.2",
+            "B2-H4-T100-D16-p0.2",  # on the CPU more than one block
             *("B0-H2-T8-D8", "B1-H1-T1-D1", "B1-H1-T1-Tk77-D64", "B1-H2-T64-D64-p0.2"),
             *("B1-H1-T63-D128", "B1-H1-T129-D85-p0.2", "B1-H1-T17-D256-p0.1"),
         ),
@@ -287,7 +288,7 @@ SHAPES = {
     "causal_attention_qkv": Shapes(
         attention_qkv,
         quick=("B1-T19-H3-D16-p0.2",),
-        full=("B0-T8-H2-D8", "B2-T40-H3-D16-p0.2", "B1-T65-H2-D64", "B2-T31-H6-D85-p0.2"),
+        full=("B0-T8-H2-D8", "B2-T100-H4-D16-p0.2", "B1-T65-H2-D64", "B2-T31-H6-D85-p0.2"),
         large=("B8-T256-H6-D64-p0.2", "B2-T1024-H12-D64"),
         draw=lambda r: (
             f"B{r.randint(1, 2)}-T{r.randint(9, 40)}-H{r.randint(1, 2)}-D{r.randint(1, 48)}"
@@ -384,8 +385,10 @@ def build_problem(op: str, name: str, dtype: str, device: torch.device, seed: in
 def problem_names(op: str, full: bool, compiled: bool, seed: int, dtype: str) -> list[str]:
     """The sizes of one op, the fixed and the drawn ones; the same for the same seed."""
     shapes = SHAPES[op]
-    if full:
-        names = [*shapes.quick, *shapes.full, *(shapes.large if compiled else ())]
+    if compiled:
+        names = [*shapes.quick, *shapes.full, *(shapes.large if full else ())]
+    elif full:
+        names = [*shapes.quick, *shapes.full]
     else:
         names = list(shapes.quick if dtype == "float32" else shapes.quick[:1])
     drawn = random.Random(f"{seed} {op} {dtype}")
