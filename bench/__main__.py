@@ -1,5 +1,6 @@
 """python -m bench: ask one question, several or all; `report`, `predict` and `selfcheck` too."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ QUESTIONS = {  # name -> share of the time that all of them get
     "embedding": 10,
     "step": 60,
     "generate": 15,
-    "memory": 10,
+    "memory": 20,
     "scaling": 25,
     "time_to_loss": 60,
 }
@@ -23,6 +24,7 @@ TASKS = {
     "predict": "step time, tokens/s and memory of a model on a GPU, term by term",
     "selfcheck": "show on this machine that the harness reports what is so",
 }
+WHOLE_MODELS = {"step", "generate", "memory", "scaling", "time_to_loss"}
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SECONDS, QUICK_SECONDS = 300, 60
 
@@ -101,6 +103,9 @@ def _main(argv: list[str]) -> int:
             raise ConfigError(f"--{flag} must be above 0; got {given[flag]:g}")
     if "dtype" in given:
         _one_of("dtype", given["dtype"], DTYPES)
+    if given.get("dtype") == "float16":
+        for name in set(names) & WHOLE_MODELS:
+            raise ConfigError(f"{name} computes in float32 or bfloat16; got --dtype float16")
     if task == "report":
         from bench.report import report
 
@@ -114,19 +119,19 @@ def _main(argv: list[str]) -> int:
             gpus=given.get("gpus", 1),
             results=_folder("--results", given.get("results", str(_results()))),
         )
-    chosen = list(QUESTIONS) if "all" in names else list(dict.fromkeys(names))
-    for flag in ("json", "plot"):
-        if flag in given:
-            _folder(f"--{flag}", given[flag]) if flag == "plot" else _file(given["json"])
+    chosen = list(dict.fromkeys(names))
+    if "all" in names:
+        half = given.get("dtype") == "float16"
+        chosen = [name for name in QUESTIONS if not (half and name in WHOLE_MODELS)]
+    if "plot" in given:
+        _folder("--plot", given["plot"])
+    if Path(given.get("json", "")).is_dir() and "json" in given:
+        raise ConfigError(f"--json must be a file; got the folder {given['json']}")
     nanogpt = _folder("--nanogpt", given["nanogpt"], "model.py") if "nanogpt" in given else None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on stderr otherwise
     from bench.run import run
 
     return run(argv, given, chosen, nanogpt, selfcheck=task == "selfcheck")
-
-
-def _file(path: str) -> None:
-    if Path(path).is_dir():
-        raise ConfigError(f"--json must be a file; got the folder {path}")
 
 
 def _results() -> Path:

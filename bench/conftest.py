@@ -36,10 +36,12 @@ def pytest_generate_tests(metafunc):
     """One test a case and contestant; a case allocates nothing until it is opened."""
     if "contestant_name" not in metafunc.fixturenames:
         return
+    from bench.harness import distinct
+
     options, every = _options(metafunc.config), metafunc.config.getoption("--bench-all")
     found, names = [], []
     for question in QUESTIONS:
-        for case in importlib.import_module(f"bench.{question}").cases(options):
+        for case in distinct(importlib.import_module(f"bench.{question}").cases(options)):
             if case.full or not (every or (case.quick and not case.sweeps)):
                 continue
             for name in case.contestants:

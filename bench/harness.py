@@ -7,6 +7,7 @@ them allocates nothing. Nothing that fails its check is timed; it is reported in
 Speed is given against `OURS`: ratio > 1 means that a peer takes longer.
 """
 
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterable
@@ -277,6 +278,19 @@ class Budget:
     def left(self) -> float:
         """Seconds until the end, below zero once it is past."""
         return self.seconds - (self.clock() - self.started)
+
+
+def distinct(cases: list[Case]) -> list[Case]:
+    """Each name once: a case that is also a point of a sweep belongs to both."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        first = found.get(case.name)
+        if first is not None:
+            sweeps = tuple(dict.fromkeys((*first.sweeps, *case.sweeps)))
+            full, quick = first.full and case.full, first.quick or case.quick
+            case = dataclasses.replace(first, sweeps=sweeps, quick=quick, full=full)
+        found[case.name] = case
+    return list(found.values())
 
 
 def run_cases(

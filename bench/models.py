@@ -15,11 +15,19 @@ from torch import nn
 from bench import peers
 from bench.harness import Options
 from gptcore.config import GPTConfig
-from gptcore.machine import autocast
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
 
 Logits = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+def autocast(model: nn.Module, dtype: torch.dtype):
+    """Mixed precision as training scripts use it; nothing where weights have `dtype` already."""
+    weight = next(model.parameters())
+    if dtype == weight.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, dtype)
+
 
 NANOGPT_WIRING = {
     "attention_scale": "head_size",
@@ -193,7 +201,7 @@ def plain_step(
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with autocast(idx.device, dtype):
+        with autocast(model, dtype):
             loss = forward(idx, targets)
         loss.backward()
         if grad_clip:
@@ -207,7 +215,7 @@ def reference_logits(source: GPT, idx: torch.Tensor, dtype: torch.dtype):
     """What the naive model says in the run's precision, and in float64."""
     naive = source.to_naive().eval()
     with torch.no_grad():
-        with autocast(idx.device, dtype):
+        with autocast(naive, dtype):
             plain = naive(idx)[0]
         return plain, naive.double()(idx)[0]
 

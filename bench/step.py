@@ -82,17 +82,9 @@ class _Bench:
         self.batch = tuple(tensor.long().contiguous() for tensor in batch)
 
     def ours(self) -> Callable[[], Any]:
-        from gptcore.step import Step
+        from gptcore.trainer import training_step
 
-        run = self.run
-        return Step(
-            run.model,
-            run.optimizer,
-            run.corpus,
-            run.config,
-            device=run.device,
-            dtype=run.update.dtype,
-        )
+        return functools.partial(training_step, self.run)
 
     def wired(self, wiring: dict[str, Any]) -> models.GPT:
         """A gptcore model of this size, wired as a peer is."""
@@ -104,9 +96,9 @@ class _Bench:
 
     def check(self, model: nn.Module, source: models.GPT, ours: bool = False) -> Check:
         """Logits of `model` against the naive model with the weights of `source`."""
-        idx = self.batch[0][:4]
-        plain, exact = models.reference_logits(source, idx, self.options.dtype)
-        with models.autocast(idx.device, self.options.dtype):
+        idx, dtype = self.batch[0][:4], self.options.dtype
+        plain, exact = models.reference_logits(source, idx, dtype)
+        with models.autocast(source, dtype):
             actual = models.logits_of(model, idx)
         return check_tensors({"logits": actual}, {"logits": plain}, {"logits": exact}, ours=ours)
 
@@ -128,8 +120,8 @@ class _Bench:
 
 def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterator[Contestant]:
     bench = _Bench(size, options)
-    source = bench.source
-    yield Contestant(OURS, bench.ours, lambda: bench.check(source, source, ours=True))
+    source, compute = bench.source, bench.run.update.compute
+    yield Contestant(OURS, bench.ours, lambda: bench.check(compute, compute, ours=True))
 
     def peer(name, build, step):
         """`build()` -> (model, source of its weights), once, for the check and for the step."""

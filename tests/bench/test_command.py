@@ -15,6 +15,7 @@ BAD = {
     "device": (["step", "--device", "tpu"], "auto, cpu, cuda or cuda:N"),
     "device not here": (["step", "--device", "cuda:77"], "sees"),
     "dtype": (["step", "--dtype", "int8"], "known: float32, bfloat16, float16"),
+    "dtype of a model": (["step", "--dtype", "float16"], "float32 or bfloat16"),
     "nanogpt folder": (["step", "--nanogpt", "/nowhere"], "must be a folder with model.py"),
     "results folder": (["report", "--results", __file__], "must be a folder"),
     "plot folder": (["step", "--plot", __file__], "must be a folder"),
