@@ -235,12 +235,17 @@ def test_stop(pair):
 
 
 def test_stop_looks_at_generated_tokens_only(pair):
+    """Not at what straddles the prompt's end, nor at a longer prompt still being read."""
     _, gpt = pair
-    text = generate(gpt, torch.tensor([[4, 4]]), max_new_tokens=6, temperature=0.0)[0].tolist()
-    stop = [4, text[2]]  # its first token is the prompt's
-    if stop in [text[t : t + 2] for t in range(2, 7)]:
-        pytest.skip("the model repeats itself")
-    assert generate(gpt, [[4, 4]], max_new_tokens=6, temperature=0.0, stop=stop)[0].tolist() == text
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    text = generate(gpt, [[4, 4]], **options)[0].tolist()
+    stop = [4, text[2]]
+    assert stop not in [text[t : t + 2] for t in range(2, 7)]
+    assert generate(gpt, [[4, 4]], stop=stop, **options)[0].tolist() == text
+    long = [1, 2, 5, 6, 3]
+    alone = generate(gpt, [long], **options)[0].tolist()
+    assert [5, 6] not in [alone[t : t + 2] for t in range(5, 10)]
+    assert generate(gpt, [[1], long], stop=[5, 6], **options)[1].tolist() == alone
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -394,8 +399,8 @@ def test_a_kept_step_follows_the_weights():
     assert (generate(gpt, idx, max_new_tokens=7, temperature=0.0)[0, 1:] == 5).all()
 
 
-def test_softmax_of_float16_logits_is_taken_in_float32():
-    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).half()
+def test_softmax_of_bfloat16_logits_is_taken_in_float32():
+    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = F.softmax(logits.float(), -1)[0]
     assert (frequencies(logits) - expected).abs().max() < 2e-4
 
