@@ -143,11 +143,15 @@ class Step:
     def _update(self) -> torch.Tensor:
         """The update itself; nothing in it waits for the device."""
         config, total = self.config, None
+        micro_batches = []
         for first in range(0, config.sequences, config.batch_size):
             key = self.key + self.offsets[first] if first else self.key
-            _, loss = self.forward(*self._batch(key, first), key)
-            if config.gradient_accumulation_steps > 1:
-                loss = loss / config.gradient_accumulation_steps
+            micro_batches.append((*self._batch(key, first), key))
+        shares = _shares(micro_batches)
+        for micro_batch, share in zip(micro_batches, shares, strict=True):
+            _, loss = self.forward(*micro_batch)
+            if share is not None:
+                loss = loss * share
             loss.backward()
             if self.half:
                 self.half.move_gradients()
@@ -166,6 +170,14 @@ class Step:
         if self.stream is not None:
             return self.stream.batch(self.step, first, self.config.batch_size)
         return self.corpus.batch(key, self.config.batch_size, self.block_size)
+
+
+def _shares(micro_batches) -> list[torch.Tensor | None]:
+    """Each micro-batch's part of the targets that count; a mean of means would be another loss."""
+    if len(micro_batches) == 1:
+        return [None]
+    counts = torch.stack([(targets != -100).sum() for _, targets, _ in micro_batches])
+    return list((counts / counts.sum()).unbind())
 
 
 def loss_function(model: nn.Module, config: TrainConfig) -> Callable:

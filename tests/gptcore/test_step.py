@@ -74,6 +74,20 @@ def test_accumulation_in_bfloat16_equals_float32_sums(prepared):
     assert whole == pytest.approx(parts, rel=1e-3)
 
 
+@pytest.mark.parametrize("operations", ["+", "+*"])
+def test_accumulation_weighs_micro_batches_by_what_counts(prepared, operations):
+    """Problems differ in how many targets count; the loss is the mean over all of them."""
+    flags = ("--data=arithmetic", f"--operations={operations}", "--dropout=0", "--block_size=16")
+    runs = prepared(*flags), prepared(*flags, "--batch_size=4", "--gradient_accumulation_steps=4")
+    losses, gradients = [], []
+    for run in runs:
+        run.optimizer.zero_grad = lambda set_to_none: None
+        losses.append(run.update().item())
+        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("config", "device", "reason"),
     [
