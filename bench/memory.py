@@ -11,6 +11,7 @@ Formula
     MB = 1e6 bytes.
 """
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def cases(options: Options) -> list[Case]:
     """Attention's sweep over T, then whole steps of growing block size."""
     cuda = options.device.type == "cuda"
     found = [
-        case
+        dataclasses.replace(case, sweeps=("T",))
         for case in attention.cases(options)
         if "T" in case.sweeps and not case.shape["p"] and (case.quick or not options.quick)
     ]

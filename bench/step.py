@@ -16,7 +16,9 @@ Formula
 
 import dataclasses
 import functools
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,8 +75,9 @@ class _Bench:
         from gptcore import trainer
 
         self.options = options
-        self.folder = tempfile.TemporaryDirectory(prefix="bench-step-")
-        self.run = trainer.prepare(size.settings(options, self.folder.name))
+        folder = tempfile.mkdtemp(prefix="bench-step-")
+        weakref.finalize(self, shutil.rmtree, folder)
+        self.run = trainer.prepare(size.settings(options, folder))
         self.train, self.source = self.run.config, self.run.model
         key = make_key(self.train.seed, 0, 0, options.device)
         block_size = self.source.config.block_size

@@ -11,9 +11,9 @@ Method
     prints an estimate of the validation loss (its eval_iters batches); its best checkpoint is
     evaluated here on the whole split as well.
 Formula
-    seconds: the run's own clock from its first step to the end of the evaluation that reached the
-    target, evaluations included, start-up and imports excluded; for nanoGPT from its first line
-    of loss to the line that reached it.
+    seconds: from the end of the evaluation before the first step to the end of the evaluation
+    that reached the target, by the clock of the run (gptcore) or of its output (nanoGPT); the
+    evaluations between count, start-up does not.
 """
 
 import os
@@ -101,7 +101,7 @@ def follow(
 
 def gptcore_run(options: Options, seed: int) -> Run:
     """One run to the target, or to its end, or to the time allowed."""
-    target, curve = target_of(options), []
+    target, curve, begun = target_of(options), [], None
     with tempfile.TemporaryDirectory(prefix="bench-run-") as folder:
         out_dir = Path(folder) / "run"
         with open(Path(folder) / "log", "w+") as log:
@@ -111,7 +111,8 @@ def gptcore_run(options: Options, seed: int) -> Run:
             allowed = options.run_seconds or float("inf")
             try:
                 for evaluation in follow(out_dir / "metrics.jsonl", process, allowed):
-                    curve.append([evaluation["elapsed_s"], evaluation["val_loss"]])
+                    begun = evaluation["elapsed_s"] if begun is None else begun
+                    curve.append([evaluation["elapsed_s"] - begun, evaluation["val_loss"]])
                     steps = evaluation["step"]
                     if evaluation["val_loss"] <= target:
                         break

@@ -4,6 +4,7 @@ The parent sends the configuration as one line of JSON, then a line for every st
 timed; the worker answers each with milliseconds. Between steps it sleeps on its input.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -44,8 +45,9 @@ class Worker:
         )
 
     def _ask(self, message) -> float:
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # no answer will come, and that is said below
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"worker: must answer; it ended with {self._process.wait()}")
@@ -57,12 +59,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
 
     def __del__(self):
-        if hasattr(self, "_process") and self._process.poll() is None:
+        if hasattr(self, "_process"):
             self.close()
 
 

@@ -20,7 +20,7 @@ BAD = {
     "results folder": (["report", "--results", __file__], "must be a folder"),
     "plot folder": (["step", "--plot", __file__], "must be a folder"),
     "json folder": (["step", "--json", "/"], "must be a file"),
-    "gpu": (["predict", "--gpu", "h300"], "known: "),
+    "name of a gpu": (["predict", "--gpu", "h300"], "known: "),
     "model": (["predict", "--model", "gpt5"], "known: "),
     "gpus": (["predict", "--gpus", "0"], "must be above 0"),
     "seconds": (["--seconds", "-1"], "must be above 0"),

@@ -1,0 +1,211 @@
+"""Every question: its cases can be listed for nothing, and a tiny one can be answered."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from bench import memory, models, step, time_to_loss
+from bench.__main__ import QUESTIONS
+from bench.conftest import QUESTIONS as PYTEST_QUESTIONS
+from bench.harness import OURS, Options, Skip, distinct, run_case
+from bench.run import options_of, peers_of
+from bench.timing import Stopwatch
+from bench.worker import Worker
+from gptcore.config import GPTConfig, TrainConfig
+from gptcore.model import GPT
+
+CPU = torch.device("cpu")
+CEILINGS = {"copy_gbps": 10.0, "matmul_tflops": 0.1, "dispatch_us": 5.0}
+OPTIONS = Options(device=CPU, dtype=torch.float32, seconds=1.0, quick=True)
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, dropout=0.0)
+CASED = [name for name in QUESTIONS if name != "time_to_loss"]
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_question_states_question_method_and_formula(name):
+    text = importlib.import_module(f"bench.{name}").__doc__
+    assert all(f"\n{word}\n" in text for word in ("Question", "Method", "Formula"))
+
+
+@pytest.mark.parametrize("name", CASED)
+def test_cases_are_listed_without_opening_them(name, monkeypatch):
+    monkeypatch.setattr(torch, "randn", None)
+    cases = distinct(importlib.import_module(f"bench.{name}").cases(OPTIONS))
+    assert cases and any(case.quick for case in cases)
+    assert all(case.work.flops > 0 and case.work.bytes > 0 for case in cases)
+    assert len({case.name for case in cases}) == len(cases)
+    swept = {axis for case in cases for axis in case.sweeps}
+    for axis in swept:
+        assert len({case.shape[axis] for case in cases if axis in case.sweeps}) > 1
+
+
+OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "embedding")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_is_checked_and_timed(name):
+    """The smallest case of the question, everyone who can run in float32 on a CPU."""
+    cases = importlib.import_module(f"bench.{name}").cases(OPTIONS)
+    case = min(cases, key=lambda case: case.work.flops)
+    record = run_case(case, OPTIONS, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
+    status = {result["name"]: result["status"] for result in record["results"]}
+    assert status[OURS] == status["eager"] == "timed"
+    assert "failed" not in status.values(), record["results"]
+
+
+def test_the_layer_lets_multihead_attention_and_the_seeds_compete():
+    from bench import attention
+
+    options = dataclasses.replace(OPTIONS, peers=("naive", "mha", "sdpa", "eager"))
+    (case,) = [c for c in attention.cases(options) if "layer" in c.name and "backward" in c.name]
+    checks = {c.name: c.check() for c in case.open()}
+    assert set(checks) == {OURS, "eager", "naive", "sdpa", "mha"}
+    assert all(check.passed for check in checks.values())
+
+
+def tiny_step(**given):
+    tiny = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2}
+    return step.Size("tiny", "nanogpt-cpu", tiny | given)
+
+
+def test_a_step_is_checked_and_timed_beside_its_peers():
+    options = dataclasses.replace(OPTIONS, data="pydoc", peers=("naive", "eager"))
+    case = step.step_case(tiny_step(), options)
+    record = run_case(case, options, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
+    timed = [result["name"] for result in record["results"] if result["status"] == "timed"]
+    assert timed == [OURS, "naive", "naive-process", "eager"], record["results"]
+
+
+def test_a_step_of_wrong_weights_is_not_timed(monkeypatch):
+    def damaged(source):
+        model = models.BatchedGPT(source.config)
+        model.load_state_dict(source.state_dict())
+        with torch.no_grad():
+            model.blocks[0].proj.weight[0, 0] += 0.1
+        return model
+
+    monkeypatch.setattr(models, "batched", damaged)
+    options = dataclasses.replace(OPTIONS, data="pydoc", peers=("eager",))
+    case = step.step_case(tiny_step(), options)
+    record = run_case(case, options, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
+    assert [r["status"] for r in record["results"]] == ["timed", "failed"]
+
+
+def test_a_worker_answers_with_milliseconds_and_ends():
+    worker = Worker(TINY, TrainConfig(batch_size=2))
+    assert worker.step_ms() > 0 and worker.step_ms() > 0
+    worker.close()
+    assert worker._process.returncode == 0
+
+
+def test_a_worker_that_died_is_noticed():
+    worker = Worker(TINY, TrainConfig(batch_size=2))
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(RuntimeError, match="must answer; it ended with -9"):
+        worker.step_ms()
+
+
+def test_nanogpt_without_a_folder_says_which_flag():
+    with pytest.raises(Skip, match="--nanogpt DIR"):
+        models.to_nanogpt(GPT(TINY), OPTIONS)
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def call():
+        a = torch.ones(1000, dtype=torch.float32)  # 4 kB
+        b = a + 1
+        del a, b
+        c = torch.ones(500, dtype=torch.float32)
+        return c.sum()
+
+    assert 8000 <= memory.peak_bytes(call, CPU) <= 8200
+
+
+def test_greedy_tokens_are_checked_against_float64():
+    from bench.generate import PROMPT, check_tokens, notebook_loop
+
+    torch.manual_seed(0)
+    source = GPT(TINY.replace(block_size=32)).eval()
+    prompt = torch.randint(TINY.vocab_size, (2, PROMPT))
+    tokens = notebook_loop(source, prompt, 6)
+    assert check_tokens(tokens, source, torch.float32).passed
+    tokens[1, PROMPT + 3] = (tokens[1, PROMPT + 3] + 1) % TINY.vocab_size
+    assert not check_tokens(tokens, source, torch.float32).passed
+
+
+# ---- time to loss ----------------------------------------------------------------------------
+
+TRAINER = """
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out_dir") + 1])
+seed = int(sys.argv[sys.argv.index("--seed") + 1])
+out.mkdir(parents=True)
+with open(out / "metrics.jsonl", "a") as file:
+    for step in range(0, 1000, 100):
+        loss = 4 - step / 200 - (seed - 1337) / 10
+        record = {"kind": "eval", "step": step, "val_loss": loss, "elapsed_s": 2 + step / 10}
+        file.write(json.dumps(record) + "\\n")
+        file.flush()
+        time.sleep(0.01)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(TRAINER)
+    monkeypatch.setattr(time_to_loss, "ROOT", tmp_path)
+
+
+def test_a_run_ends_with_the_first_evaluation_at_the_target(trainer):
+    options = dataclasses.replace(OPTIONS, target=2.5, seeds=2)
+    content = time_to_loss.answer(options, None, None, None)
+    wanted = {1337: (300, 30.0, 2.5), 1338: (300, 30.0, 2.4)}
+    runs = {run["seed"]: (run["steps"], run["seconds"], run["val_loss"]) for run in content["runs"]}
+    assert runs == {seed: pytest.approx(run) for seed, run in wanted.items()}
+    assert all(run["reached"] for run in content["runs"])
+    assert content["absent"] == {"nanogpt": "no folder named: --nanogpt DIR"}
+
+
+def test_a_run_out_of_time_has_not_reached_the_target(trainer):
+    options = dataclasses.replace(OPTIONS, target=-9.0, run_seconds=1.0)
+    run = time_to_loss.gptcore_run(options, 1337)
+    assert not run["reached"] and run["val_loss"] > -9
+
+
+def test_a_trainer_that_breaks_ends_the_question_with_its_words(tmp_path, monkeypatch):
+    from gptcore.config import RunError
+
+    (tmp_path / "train.py").write_text("raise SystemExit('error: no such thing')")
+    monkeypatch.setattr(time_to_loss, "ROOT", tmp_path)
+    with pytest.raises(RunError, match="no such thing"):
+        time_to_loss.gptcore_run(OPTIONS, 1337)
+
+
+# ---- options ---------------------------------------------------------------------------------
+
+
+def test_a_peer_stands_for_its_family():
+    options = dataclasses.replace(OPTIONS, peers=("sdpa", "compile-max"))
+    names = ("sdpa", "sdpa-flash", "compile-max", "compile-default", "naive")
+    assert [n for n in names if options.wants(n)] == ["sdpa", "sdpa-flash", "compile-max"]
+    assert dataclasses.replace(OPTIONS, peers=()).wants("naive") is False
+
+
+def test_peers_come_with_spaces_or_commas():
+    assert peers_of(["naive,eager", "sdpa"]) == ("naive", "eager", "sdpa")
+    assert peers_of(["none"]) == ()
+    assert set(peers_of(["all"])) >= {"naive", "compile", "nanogpt"}
+
+
+def test_defaults_follow_the_device():
+    options = options_of({"device": "cpu"}, None)
+    assert (options.dtype, options.seconds, options.quick) == (torch.float32, 300, False)
+    assert options_of({"device": "cpu", "quick": True}, None).seconds == 60
+
+
+def test_pytest_bench_asks_questions_that_exist():
+    assert set(PYTEST_QUESTIONS) <= set(QUESTIONS)

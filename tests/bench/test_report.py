@@ -1,0 +1,134 @@
+"""report: what is in the JSON files, and nothing else, is in RESULTS.md."""
+
+import pytest
+import torch
+
+from bench import record as recording
+from bench import render
+from bench.__main__ import main
+from bench.harness import OURS
+from bench.time_to_loss import table
+
+CEILINGS = {"copy_gbps": 12.3, "matmul_tflops": 0.456, "dispatch_us": 7.8}
+
+
+def a_case(T, ms):
+    def result(name, factor):
+        return {
+            "name": name,
+            "status": "timed",
+            "check": {"passed": True, "text": "1.1x plain"},
+            "median_ms": ms * factor,
+            "q25_ms": ms * factor * 0.95,
+            "q75_ms": ms * factor * 1.05,
+            "rate": 1.0,
+            "percent_of_limit": 50.0,
+            "ratio": factor,
+            "samples_ms": [ms * factor] * 3,
+        }
+
+    return {
+        "case": f"core T{T}",
+        "phase": "forward",
+        "dtype": "float32",
+        "shape": {"T": T, "B": 4, "kind": "core", "p": 0.0},
+        "sweeps": ["T"],
+        "unit": "TFLOP/s",
+        "work": {"flops": 1e9 * T, "bytes": 1e6 * T, "tokens": T},
+        "limit_ms": ms / 2,
+        "bound": "compute",
+        "results": [
+            result(OURS, 1.0),
+            result("eager", 2.5),
+            {"name": "flex", "status": "skipped", "reason": "not here"},
+        ],
+    }
+
+
+def run(who, seed, seconds):
+    return {
+        "who": who,
+        "seed": seed,
+        "seconds": seconds,
+        "steps": 450,
+        "val_loss": 1.88,
+        "reached": True,
+        "curve": [[0.0, 4.2], [seconds / 2, 2.2], [seconds, 1.88]],
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    record = recording.new(["attention", "--json", "cpu.json"], torch.device("cpu"))
+    runs = [run(OURS, 1337, 20.0), run(OURS, 1338, 22.0), run("nanogpt", 1337, 84.0)]
+    record["questions"] = {
+        "attention": {
+            "cases": [a_case(256, 10.0), a_case(512, 40.0)],
+            "left_out": ["core T1024"],
+            "ceilings": CEILINGS,
+        },
+        "memory": {
+            "cases": [],
+            "peaks_mb": {
+                "core": {"64": {OURS: 1.0, "eager": 2.0}, "128": {OURS: 2.0, "eager": 8.0}}
+            },
+            "tables": [{"title": "peak memory", "rows": [["MB", "T 64"], [OURS, "1.00"]]}],
+            "ceilings": CEILINGS,
+        },
+        "time_to_loss": {
+            "cases": [],
+            "target": 1.8857,
+            "preset": "cpu",
+            "runs": runs,
+            "tables": [{"title": "to validation loss 1.8857", "rows": table(runs)}],
+            "ceilings": CEILINGS,
+        },
+    }
+    recording.write(record, folder / "cpu.json")
+    return folder
+
+
+def test_the_report_holds_every_figure_and_picture(results):
+    assert main(["report", "--results", str(results)]) == 0
+    text = (results.parent / "RESULTS.md").read_text()
+    for words in (
+        "`python -m bench attention --json cpu.json`",
+        "copy 12.3 GB/s",
+        "| gptcore | 10.0 | 10.0% | 1.00 | 50 | 1.00 | 1.1x plain |",
+        "| eager | 100 | 10.0% | 1.00 | 50 | 2.50 | 1.1x plain |",
+        "T 256 -> 512 (x2): time x4.00, least time x4.00",
+        "- flex skipped: not here (2 cases)",
+        "- left out for time: core T1024",
+        "| gptcore | 2 | 2/2 | 21.0 +- 1.4 | 450 +- 0 | 1.8800 +- 0.0000 | 1.00 |",
+        "| nanogpt | 1 | 1/1 | 84.0 | 450 | 1.8800 | 4.00 |",
+        "[cpu.json](results/cpu.json)",
+    ):
+        assert words in text, words
+    pictures = sorted(path.name for path in results.glob("*.png"))
+    assert pictures == [
+        "cpu-attention-core-forward-T.png",
+        "cpu-memory-core.png",
+        "cpu-roofline.png",
+        "cpu-time_to_loss.png",
+    ]
+    for picture in pictures:
+        assert f"](results/{picture})" in text
+        assert (results / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_of_an_empty_folder_says_so(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path)]) == 2
+    assert "must hold JSON files" in capsys.readouterr().err
+
+
+def test_the_report_of_a_foreign_file_says_so(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{}")
+    assert main(["report", "--results", str(tmp_path)]) == 2
+    assert "must be a record of schema" in capsys.readouterr().err
+
+
+def test_a_sweep_is_drawn_in_the_order_of_its_axis():
+    groups = render.sweeps([a_case(512, 40.0), a_case(256, 10.0)])
+    ((key, group),) = groups.items()
+    assert key == ("T", "core forward") and [case["shape"]["T"] for case in group] == [256, 512]
