@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from gptcore import lr_range, sweep
 from gptcore.config import ConfigError, Parser, run_command
 
 
@@ -206,6 +207,8 @@ COMMANDS = (
     ("eval", evaluate, _add_eval),
     ("import", import_, _add_import),
     ("export", export, _add_export),
+    ("sweep", sweep.sweep, sweep.add_arguments),
+    ("lr_range", lr_range.lr_range, lr_range.add_arguments),
 )
 
 if __name__ == "__main__":

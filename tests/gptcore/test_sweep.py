@@ -1,0 +1,383 @@
+"""Sweeps and the range test: what is tried, run, skipped, ranked, shown and suggested."""
+
+import csv
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptcore import lr_range
+from gptcore.__main__ import main
+from gptcore.config import ConfigError, RunError, Settings, parse_settings
+from gptcore.log import read_metrics
+from gptcore.pool import Pool, Worker
+from gptcore.sweep import Plan, draw, read_results, trial_name
+from gptcore.sweep_plots import _axis
+from gptcore.worker import trained
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan(grid=None, random=None, trials=1, eta=None, **given) -> Plan:
+    return Plan(Settings("baby-cpu", given), grid or {}, random or {}, trials, eta)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Trials run here instead of in a process of their own."""
+
+    def run(self, request):
+        return trained(Settings(request["preset"], request["given"]))
+
+    monkeypatch.setattr(Worker, "run", run)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Trials do not run; the loss is as far from n_embd 20 as it is, and falls with the steps."""
+    requests = []
+
+    def run(self, request):
+        given = request["given"]
+        requests.append((given["n_embd"], given["max_iters"]))
+        if given["n_embd"] == 13:
+            return {"error": "the loss is nan", "bad_input": False}
+        loss = abs(given["n_embd"] - 20) + 1 / given["max_iters"]
+        result = dict.fromkeys(("val_loss", "best_val_loss"), loss)
+        result |= {"step": given["max_iters"], "val_accuracy": 0.5, "elapsed_s": 1.0}
+        return {"error": None, "bad_input": False, "best_step": 1, **result}
+
+    monkeypatch.setattr(Worker, "run", run)
+    return requests
+
+
+def flags_of(folder, *flags) -> list[str]:
+    return ["sweep", f"--out_dir={folder}", "--preset=baby-cpu", "--device=cpu", *flags]
+
+
+# ---- what is tried ---------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination():
+    settings = plan({"n_embd": [16, 32], "dropout": [0.0, 0.1, 0.2]}).settings()
+    assert len(settings) == 6
+    assert {tuple(s.values()) for s in settings} == {
+        (c, p) for c in (16, 32) for p in (0, 0.1, 0.2)
+    }
+
+
+def test_draws_are_a_pure_function_and_a_longer_plan_begins_the_same():
+    drawn = {"learning_rate": "log:1e-4:1e-2", "n_layer": "uniform:1:9"}
+    short, long = plan(random=drawn, trials=5), plan(random=drawn, trials=20)
+    assert long.settings()[:5] == short.settings() == plan(random=drawn, trials=5).settings()
+    other = plan(random=drawn, trials=5, seed=7).settings()
+    assert other != short.settings()
+    rates = [s["learning_rate"] for s in plan(random=drawn, trials=300).settings()]
+    assert 1e-4 <= min(rates) < 2e-4 and 5e-3 < max(rates) <= 1e-2
+    assert sorted(rates)[150] == pytest.approx(1e-3, rel=0.5)  # the middle, on a logarithmic scale
+    layers = {s["n_layer"] for s in long.settings()}
+    assert layers <= set(range(1, 10)) and len(layers) > 4
+    assert all(isinstance(layer, int) for layer in layers)
+
+
+def test_every_draw_meets_every_point_of_the_grid():
+    settings = plan({"n_embd": [16, 32]}, {"learning_rate": "log:1e-4:1e-2"}, 3).settings()
+    rates = [s["learning_rate"] for s in settings]
+    assert len(settings) == 6 and rates[::2] == rates[1::2] and len(set(rates)) == 3
+
+
+def test_choices_are_drawn_and_not_tried_twice():
+    assert draw("optimizer", "adamw,sgd", random.Random(0)) in ("adamw", "sgd")
+    assert len(plan(random={"optimizer": "adamw,sgd"}, trials=30).settings()) == 2
+
+
+def test_drawn_values_can_be_retyped():
+    value = draw("learning_rate", "log:1e-4:1e-2", random.Random(3))
+    assert float(f"{value:.3g}") == value
+
+
+def test_trial_names_are_folders_and_differ():
+    assert trial_name({"n_embd": 64, "bias": True}) == "n_embd=64,bias=true"
+    a, b = (trial_name({"data": f"/{x * 200}/text.txt"}) for x in "ab")
+    assert a != b and "/" not in a + b and len(a) < 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to try; give --grid"),
+        (["--grid=n_embd"], "--grid must be NAME=..., NAME a flag of train.py"),
+        (["--grid=n_embed=64"], "got 'n_embed=64'"),
+        (["--grid=out_dir=a"], "none of out_dir"),
+        (["--grid=n_embd=64", "--grid=n_embd=32"], "each once"),
+        (["--grid=n_embd=64,big"], "n_embd must be a whole number; got 'big'"),
+        (["--grid=n_head=2,0"], "trial n_head=0: n_head must be a whole number of at least 1"),
+        (["--grid=dropout=0,2"], "trial dropout=2.0: dropout must be in"),
+        (["--random=learning_rate=log:1e-4:1e-2"], "--trials N, at least 1, goes with --random"),
+        (["--grid=n_embd=64", "--trials=3"], "--trials N, at least 1, goes with --random"),
+        (["--random=learning_rate=log:0:1", "--trials=2"], "must be log:LOW:HIGH or uniform"),
+        (["--random=learning_rate=log:1", "--trials=2"], "must be log:LOW:HIGH or uniform"),
+        (["--random=schedule=log:1:2", "--trials=2"], "for a number"),
+        (["--grid=n_embd=64", "--random=n_embd=uniform:1:2", "--trials=1"], "must differ"),
+        (["--grid=n_embd=64", "--jobs=0"], "--jobs must be at least 1"),
+        (["--grid=n_embd=64", "--halving=1"], "--halving must be at least 2"),
+        (["--grid=max_iters=5,6", "--halving"], "max_iters cannot be tried with --halving"),
+        (["--grid=n_embd=64", "--max-iter=5"], "did you mean --max_iters"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_sweeps(flags, message, tmp_path, capsys, pretended):
+    assert main(flags_of(tmp_path / "sweep", *flags)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+
+def test_a_sweep_from_end_to_end(tiny_flags, tmp_path, capsys):
+    """Two processes side by side; the table, the files, and the best command does what it says."""
+    folder = tmp_path / "sweep"
+    flags = [*tiny_flags, "--grid=n_embd=8,16", "--grid=learning-rate=1e-4,1e-2", "--jobs=2"]
+    assert main(["sweep", f"--out_dir={folder}", *flags]) == 0
+    out = capsys.readouterr().out
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert len(rows) == 4 and all(row["step"] == "12" and not row["error"] for row in rows)
+    losses = [float(row["best_val_loss"]) for row in rows]
+    assert losses == sorted(losses)
+    assert {row["learning_rate"] for row in rows[:2]} == {"0.01"}
+    for row in rows:
+        end = read_metrics(folder / "trials" / row["trial"] / "metrics.jsonl")[-1]
+        assert end["val_loss"] == float(row["val_loss"])
+        assert end["val_accuracy"] == float(row["val_accuracy"])
+    for name in ("parallel.png", "curves.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    best = next(line for line in out.splitlines() if line.startswith("best "))
+    words = shlex.split(best.removeprefix("best"))
+    assert words[:2] == ["python", "train.py"]
+    again = trained(parse_settings([*words[2:], f"--out_dir={tmp_path / 'again'}"]))
+    assert again["best_val_loss"] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_resume_skips_what_is_done_and_goes_on_with_the_rest(
+    in_process, tiny_flags, tmp_path, capsys
+):
+    folder = tmp_path / "sweep"
+    flags = ["sweep", f"--out_dir={folder}", *tiny_flags, "--grid=n_embd=8,16"]
+    assert main(flags) == 0
+    results = {p.parent.name: p.read_text() for p in folder.glob("trials/*/result.json")}
+    (folder / "trials" / "n_embd=8" / "result.json").unlink()
+    metrics = folder / "trials" / "n_embd=16" / "metrics.jsonl"
+    before = metrics.read_text()
+    capsys.readouterr()
+    assert main(flags) == 2
+    assert "exists; add --resume" in capsys.readouterr().err
+    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "n_embd=8: validation loss" in out and "n_embd=16: validation loss" not in out
+    assert metrics.read_text() == before
+    result = json.loads((folder / "trials" / "n_embd=8" / "result.json").read_text())
+    assert result["val_loss"] == json.loads(results["n_embd=8"])["val_loss"]
+    # Extended by another value, it trains only that; with other settings it refuses.
+    assert main([*flags[:-1], "--grid=n_embd=8,16,12", "--resume"]) == 0
+    assert len(read_results(folder, {f"n_embd={c}": {} for c in (8, 12, 16)})) == 3
+    assert "n_embd=8: validation loss" not in capsys.readouterr().out
+    assert main([*flags, "--resume", "--batch_size=8"]) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert main(["sweep", f"--out_dir={tmp_path}", "--resume", "--grid=n_embd=8"]) == 2
+    assert "is not a sweep's" in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_is_saved_and_goes_on(tiny_flags, tmp_path):
+    """Ctrl-C: the trial under way keeps its last step, and the command to go on is shown."""
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-m", "gptcore", "sweep", f"--out_dir={folder}", *tiny_flags]
+    command += ["--grid=n_embd=8", "--max_iters=100000", "--log_interval=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    metrics = folder / "trials" / "n_embd=8" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not any(record["kind"] == "train" for record in read_metrics(metrics)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in error
+    assert f"0 of 1 trials done; go on with: python -m gptcore sweep --out_dir {folder}" in out
+    steps = read_metrics(metrics)[-1]["step"]
+    assert steps > 0 and (folder / "trials" / "n_embd=8" / "last" / "manifest.json").is_file()
+    log = (folder / "trials" / "n_embd=8.log").read_text()
+    assert "stopped at step" in log
+
+
+def test_a_failed_trial_does_not_end_the_others(pretended, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert main(flags_of(folder, "--grid=n_embd=13,25,21", "--max_iters=9", "--jobs=2")) == 0
+    out = capsys.readouterr().out
+    assert "n_embd=13: failed: the loss is nan" in out
+    table = [line.split() for line in out.splitlines() if line.strip()[:2].isdigit()]
+    assert [row[0] for row in table] == ["21", "25", "13"] and table[2][1] == "failed"
+    assert "--n_embd 21" in out.splitlines()[-1]
+    pretended.clear()
+    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
+    assert not pretended  # a trial that failed would fail again
+    assert main(flags_of(tmp_path / "bad", "--grid=n_embd=13", "--max_iters=9")) == 1
+    assert "every trial failed; the first: the loss is nan" in capsys.readouterr().err
+
+
+def test_halving_gives_the_promising_more_steps(pretended, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    grid = "--grid=n_embd=" + ",".join(map(str, range(16, 25)))
+    assert main(flags_of(folder, grid, "--max_iters=90", "--halving", "--jobs=2")) == 0
+    steps = {budget: sorted(c for c, b in pretended if b == budget) for budget in (10, 30, 90)}
+    assert steps == {10: list(range(16, 25)), 30: [19, 20, 21], 90: [20]}
+    assert len(pretended) == 13
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "--n_embd 20" in last and "--max_iters 90" in last
+    pretended.clear()
+    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
+    assert not pretended
+
+
+def test_halved_trials_keep_the_schedule_of_the_whole(in_process, tiny_flags, tmp_path):
+    """A trial that goes on is bit for bit the trial that was never stopped."""
+    folder = tmp_path / "sweep"
+    flags = [*tiny_flags, "--grid=n_embd=8,16", "--schedule=cosine", "--halving=2"]
+    assert main(["sweep", f"--out_dir={folder}", *flags]) == 0
+    best = json.loads(next(iter(read_by_steps(folder, 12))).read_text())
+    whole = trained(
+        parse_settings(
+            [*tiny_flags, f"--{best['trial']}", "--schedule=cosine"]
+            + [f"--out_dir={tmp_path / 'whole'}"]
+        )
+    )
+    assert whole["val_loss"] == best["val_loss"]
+
+
+def read_by_steps(folder, steps):
+    return [
+        p for p in folder.glob("trials/*/result.json") if json.loads(p.read_text())["step"] == steps
+    ]
+
+
+def test_a_trial_with_bad_input_ends_the_sweep(tmp_path, capsys, monkeypatch):
+    answer = {"error": "--data x: no such file", "bad_input": True}
+    monkeypatch.setattr(Worker, "run", lambda self, request: answer)
+    assert main(flags_of(tmp_path / "sweep", "--grid=n_embd=16,32")) == 2
+    assert capsys.readouterr().err == "error: trial n_embd=16: --data x: no such file\n"
+
+
+def test_a_worker_that_dies_is_a_failed_trial(tmp_path):
+    worker = Worker(1, tmp_path / "log")
+    script = "import sys; sys.stdin.readline(); sys.exit(3)"
+    worker.process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process = worker.process
+    result = worker.run({"preset": "baby-cpu"})
+    assert "its process ended with status 3" in result["error"] and not result["bad_input"]
+    assert worker.process is None
+    process.stdin.close()
+    process.stdout.close()
+    worker.stop()
+    with pytest.raises(KeyboardInterrupt):
+        worker.run({})
+
+
+def test_an_unexpected_error_is_a_failed_trial(capsys):
+    result = trained(Settings("no such preset", {}))
+    assert result["error"].startswith("KeyError") and not result["bad_input"]
+    assert "Traceback" in capsys.readouterr().err
+    assert trained(Settings("baby-cpu", {"data": "/no/such"}))["bad_input"]
+
+
+def test_threads_are_divided(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert [w.threads for w in Pool(3, tmp_path / "log").workers] == [2, 2, 2]
+    assert Pool(16, tmp_path / "log").workers[0].threads == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert Pool(1, tmp_path / "log").workers[0].threads >= 1
+
+
+def test_axes_of_the_plot():
+    heights, ticks = _axis([1e-4, 1e-2, 1e-3])
+    assert heights == pytest.approx([0, 1, 0.5])  # logarithmic, as the values are
+    assert [label for _, label in ticks] == ["0.0001", "0.001", "0.01"]
+    assert _axis([2.0, 3.0, 2.5])[0] == pytest.approx([0, 1, 0.5])
+    assert _axis(["sgd", "adamw", "sgd"]) == ([1, 0, 1], [(0, "adamw"), (1, "sgd")])
+    assert _axis([7, 7])[0] == [0, 0]
+
+
+# ---- the range test --------------------------------------------------------------------------
+
+
+def test_suggestions_of_a_known_curve():
+    """The loss falls fastest at 1e-3 and is lowest at 1e-1."""
+    rates = [10 ** (-6 + 0.05 * i) for i in range(121)]
+    exponents = [math.log10(rate) for rate in rates]
+    losses = [4 - math.tanh(x + 3) + (2 * (x + 1) ** 2 if x > -1 else 0) for x in exponents]
+    steepest, lowest = lr_range.suggestions(rates, losses)
+    assert steepest == pytest.approx(1e-3, rel=0.01)
+    assert lowest == pytest.approx(1e-1, rel=0.2)
+
+
+def test_smoothing_is_the_corrected_exponential_average():
+    assert lr_range.smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert lr_range.smoothed([1.0, 2.0])[1] == pytest.approx((0.9 * 1 + 2) / 1.9)
+
+
+def test_range_test_from_end_to_end(tiny_flags, tmp_path, capsys):
+    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
+    folder = tmp_path / "range"
+    flags += ["--num_iter=60", "--start_lr=1e-5", "--end_lr=100", f"--out_dir={folder}"]
+    assert main(["lr_range", *flags]) == 0
+    rows = list(csv.DictReader((folder / "lr_range.csv").read_text().splitlines()))
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[0] == 1e-5 and rates[1] / rates[0] == pytest.approx(1e7 ** (1 / 59))
+    assert 20 < len(rows) < 60  # it stopped where the loss broke
+    out = capsys.readouterr().out
+    suggested = float(out.split("--learning_rate ")[1].split(",")[0])
+    assert 1e-5 < suggested < 1
+    assert (folder / "lr_range.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--start_lr=1", "--end_lr=0.1"], "--start_lr must be above 0 and below --end_lr"),
+        (["--start_lr=0"], "--start_lr must be above 0"),
+        (["--num_iter=5"], "--num_iter must be at least 10"),
+        (["--learning_rate=1"], "lr_range sets learning_rate itself; leave --learning_rate out"),
+        (["--max_iters=10"], "lr_range sets max_iters itself"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_range_tests(flags, message, tmp_path, capsys):
+    assert main(["lr_range", f"--out_dir={tmp_path / 'range'}", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "range").exists()
+
+
+def test_a_range_test_that_breaks_at_once(tiny_flags, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("gptcore.trainer.training_step", lambda run: torch.tensor(math.nan))
+    flags = [*tiny_flags, "--schedule=exponential", "--min_lr=1e-6", f"--out_dir={tmp_path / 'r'}"]
+    with pytest.raises(RunError, match="the loss broke after 0 steps; give a lower --start_lr"):
+        lr_range.measure(parse_settings(flags))
+
+
+def test_bad_random_is_found_without_a_trial():
+    with pytest.raises(ConfigError, match="--random learning_rate must be"):
+        draw("learning_rate", "uniform:3:1", random.Random(0))
