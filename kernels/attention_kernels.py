@@ -1,6 +1,6 @@
 """The Triton kernels of `kernels.attention`, their launch plans and launchers.
 
-Forward, per query tile: FlashAttention-2's online softmax in base 2, which saves
+Forward, per query tile: FlashAttention-2's online softmax in base 2 (float32: e), which saves
 
     lse[i] = log2 sum_{j<=i} 2^s[i,j],   s = scale * log2(e) * q k^T
 
@@ -34,6 +34,23 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @jit
+def _exp(x, EXACT: tl.constexpr):
+    """2^x, one instruction, or EXACT e^x: log2(e) in qk_scale rounds every score."""
+    return tl.exp(x) if EXACT else tl.exp2(x)
+
+
+@jit
+def _probabilities(s, visible, qk_scale, lse, rest, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """exp(s * qk_scale - lse) where `visible`, else 0; EXACT heeds the rounding error of lse."""
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    x = s * qk_scale - lse
+    if EXACT:
+        x -= rest
+    return _exp(x, EXACT)
+
+
+@jit
 def _tile(ptr, offset, stride_t, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers (BLOCK, BLOCK_D) to the rows from `offset` on."""
     offs_t = offset.to(tl.int64) + tl.arange(0, BLOCK)
@@ -46,7 +63,7 @@ def _forward_tiles(
     acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk, qk_scale,
     seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys low ... high into the running softmax of one query tile.
 
@@ -62,13 +79,13 @@ def _forward_tiles(
         if MASKED:
             s = tl.where((start_n + offs_n)[None, :] <= offs_m[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
-        p = tl.exp2(s * qk_scale - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
+        p = _exp(s * qk_scale - m_new[:, None], EXACT)
+        alpha = _exp(m_i - m_new, EXACT)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if DROPOUT:
             keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
+            p = tl.where(keep, p, qk_scale * 0.0)
         v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
         acc = _dot(p.to(v.dtype), v, acc, PRECISION, WIDEN)
         m_i = m_new
@@ -82,7 +99,7 @@ _UNSPECIALISED = ["H", "Tq", "Tk", "site", "threshold"]
 @jit(do_not_specialize=_UNSPECIALISED)
 def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr,  # (B, H, Tq or Tk, D), any strides
-    lse_ptr,  # (B, H, Tq) float32
+    lse_ptr,  # (1 or 2, B, H, Tq) float32
     key_ptr,  # (2,) or (3,) int64
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -91,6 +108,7 @@ def _attention_forward_kernel(
     H, Tq, Tk, qk_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i, the longest first."""
     tiles = tl.cdiv(Tq, BLOCK_M)
@@ -122,28 +140,35 @@ def _attention_forward_kernel(
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk, qk_scale,
         seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=False,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=False,
     )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk, qk_scale,
         seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=True,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=True,
     )  # fmt: skip
 
     o = acc * (keep_scale / l_i)[:, None]
     o_ptrs = _tile(o_base, start_m, stride_ot, stride_od, BLOCK_M, BLOCK_D)
     tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask)
-    tl.store(lse_ptr + bh.to(tl.int64) * Tq + rows, m_i + tl.log2(l_i), rows < Tq)
+    log_l = tl.log(l_i) if EXACT else tl.log2(l_i)
+    lse = m_i + log_l
+    lse_ptr += bh.to(tl.int64) * Tq
+    tl.store(lse_ptr + rows, lse, rows < Tq)
+    if EXACT:
+        planes = tl.num_programs(0) // tiles
+        tl.store(lse_ptr + planes.to(tl.int64) * Tq + rows, (m_i - lse) + log_l, rows < Tq)
 
 
 @jit
 def _dq_tiles(
-    dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk, qk_scale,
-    seed, step, plane, site, threshold,
+    acc, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk,
+    qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, ONLY_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq (BLOCK_M, BLOCK_D) what the keys low ... high contribute."""
+    """Add to acc, dq (BLOCK_M, BLOCK_D) or delta (BLOCK_M,), what keys low ... high contribute."""
     offs_n = tl.arange(0, BLOCK_N)
     mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_n in range(low, high, BLOCK_N):
@@ -151,22 +176,26 @@ def _dq_tiles(
         mask = mask_d & ((start_n + offs_n)[:, None] < Tk) if MASKED else mask_d
         k = tl.load(k_ptrs + step_n * stride_kt, mask=mask, other=0.0)
         v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
-        p = tl.exp2(_dot(q, k.T, None, PRECISION, WIDEN) * qk_scale - lse[:, None])
-        if MASKED:
-            p = tl.where((start_n + offs_n)[None, :] <= offs_m[:, None], p, 0.0)
+        s = _dot(q, k.T, None, PRECISION, WIDEN)
+        visible = (start_n + offs_n)[None, :] <= offs_m[:, None]
+        p = _probabilities(s, visible, qk_scale, lse[:, None], rest[:, None], MASKED, EXACT)
         dp = _dot(do, v.T, None, PRECISION, WIDEN)
         if DROPOUT:
             keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
             dp = tl.where(keep, dp, 0.0)
-        ds = p * (dp - delta[:, None])
-        dq = _dot(ds.to(k.dtype), k, dq, PRECISION, WIDEN)
-    return dq
+        if ONLY_DELTA:
+            acc += tl.sum(p * dp, 1)
+        else:
+            ds = p * (dp - delta[:, None])
+            acc = _dot(ds.to(k.dtype), k, acc, PRECISION, WIDEN)
+    return acc
 
 
 @jit(do_not_specialize=_UNSPECIALISED)
 def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr,  # (B, H, Tq or Tk, D), any strides
-    lse_ptr, delta_ptr,  # (B, H, Tq) float32; delta is written for the other kernel
+    lse_ptr,  # (1 or 2, B, H, Tq) float32
+    delta_ptr,  # (B, H, Tq) float32, written for the other kernel
     key_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -177,6 +206,7 @@ def _attention_dq_kernel(
     H, Tq, Tk, qk_scale, dq_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i: its delta and dq."""
     tiles = tl.cdiv(Tq, BLOCK_M)
@@ -195,9 +225,12 @@ def _attention_dq_kernel(
     q = tl.load(_tile(q_base, start_m, stride_qt, stride_qd, BLOCK_M, BLOCK_D), mask, other=0.0)
     o = tl.load(_tile(o_base, start_m, stride_ot, stride_od, BLOCK_M, BLOCK_D), mask, other=0.0)
     do = tl.load(_tile(do_base, start_m, stride_dot, stride_dod, BLOCK_M, BLOCK_D), mask, other=0.0)
-    lse = tl.load(lse_ptr + bh.to(tl.int64) * Tq + rows, rows < Tq, other=float("inf"))
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
-    tl.store(delta_ptr + bh.to(tl.int64) * Tq + rows, delta, rows < Tq)
+    lse_ptr += bh.to(tl.int64) * Tq
+    lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
+    rest = lse
+    if EXACT:
+        planes = tl.num_programs(0) // tiles
+        rest = tl.load(lse_ptr + planes.to(tl.int64) * Tq + rows, rows < Tq, other=0.0)
     k_ptrs = _tile(k_base, start_m * 0, stride_kt, stride_kd, BLOCK_N, BLOCK_D)
     v_ptrs = _tile(v_base, start_m * 0, stride_vt, stride_vd, BLOCK_N, BLOCK_D)
     if DROPOUT:
@@ -206,18 +239,34 @@ def _attention_dq_kernel(
     else:
         seed, step, plane = 0, 0, 0
 
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     full = (start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N
     high = tl.minimum(start_m + BLOCK_M, Tq) + Tk - Tq
+    if EXACT:
+        # rowsum(P * dP) rounds with dP, which rowsum(do * o) does not: it halves the error of ds.
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        delta = _dq_tiles(
+            delta, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m,
+            Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
+            PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=True,
+        )  # fmt: skip
+        delta = _dq_tiles(
+            delta, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high,
+            offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N,
+            DROPOUT, PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=True,
+        )  # fmt: skip
+    else:
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
+    tl.store(delta_ptr + bh.to(tl.int64) * Tq + rows, delta, rows < Tq)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _dq_tiles(
-        dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk, qk_scale,
-        seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=False,
+        dq, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk,
+        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
+        PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=False,
     )  # fmt: skip
     dq = _dq_tiles(
-        dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk,
-        qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=True,
+        dq, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk,
+        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
+        PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=False,
     )  # fmt: skip
     dq_ptrs = _tile(dq_base, start_m, stride_dqt, stride_dqd, BLOCK_M, BLOCK_D)
     tl.store(dq_ptrs, (dq * dq_scale).to(dq_ptr.dtype.element_ty), mask)
@@ -225,10 +274,11 @@ def _attention_dq_kernel(
 
 @jit
 def _dkdv_tiles(
-    dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, delta_ptr, stride_qt, stride_dot, low, high,
-    start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
+    dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
+    low, high, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add to dk, dv (BLOCK_N, BLOCK_D) what the queries low ... high contribute."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -241,26 +291,28 @@ def _dkdv_tiles(
         do = tl.load(do_ptrs + step_m * stride_dot, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
         delta = tl.load(delta_ptr + rows, rows < Tq, other=0.0)
-        p = tl.exp2(_dot(k, q.T, None, PRECISION, WIDEN) * qk_scale - lse[None, :])  # (N, M)
-        if MASKED:
-            p = tl.where(offs_n[:, None] <= (rows + (Tk - Tq))[None, :], p, 0.0)
-        dp = _dot(v, do.T, None, PRECISION, WIDEN)
+        rest = tl.load(rest_ptr + rows, rows < Tq, other=0.0) if EXACT else lse
+        offs_m = rows + (Tk - Tq)
+        s = _dot(q, k.T, None, PRECISION, WIDEN)
+        visible = offs_n[None, :] <= offs_m[:, None]
+        p = _probabilities(s, visible, qk_scale, lse[:, None], rest[:, None], MASKED, EXACT)
+        dp = _dot(do, v.T, None, PRECISION, WIDEN)
+        ds = p
         if DROPOUT:
-            offs_m = rows + (Tk - Tq)
-            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N).T
+            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
             dp = tl.where(keep, dp, 0.0)
-            dv = _dot(tl.where(keep, p, 0.0).to(do.dtype), do, dv, PRECISION, WIDEN)
-        else:
-            dv = _dot(p.to(do.dtype), do, dv, PRECISION, WIDEN)
-        ds = p * (dp - delta[None, :])
-        dk = _dot(ds.to(q.dtype), q, dk, PRECISION, WIDEN)
+            p = tl.where(keep, p, qk_scale * 0.0)
+        ds *= dp - delta[:, None]
+        dv = _dot(p.to(do.dtype).T, do, dv, PRECISION, WIDEN)
+        dk = _dot(ds.to(q.dtype).T, q, dk, PRECISION, WIDEN)
     return dk, dv
 
 
 @jit(do_not_specialize=_UNSPECIALISED)
 def _attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr,  # (B, H, Tq or Tk, D), any strides
-    lse_ptr, delta_ptr,  # (B, H, Tq) float32
+    lse_ptr,  # (1 or 2, B, H, Tq) float32
+    delta_ptr,  # (B, H, Tq) float32
     key_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
@@ -271,6 +323,7 @@ def _attention_dkdv_kernel(
     H, Tq, Tk, qk_scale, dk_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns key tile i, the longest first: its dk and dv."""
     tiles = tl.cdiv(Tk, BLOCK_N)
@@ -289,6 +342,7 @@ def _attention_dkdv_kernel(
     q_ptrs = _tile(q_base, start_n * 0, stride_qt, stride_qd, BLOCK_M, BLOCK_D)
     do_ptrs = _tile(do_base, start_n * 0, stride_dot, stride_dod, BLOCK_M, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
+    rest_ptr = lse_ptr + (tl.num_programs(0) // tiles).to(tl.int64) * Tq
     delta_ptr += bh.to(tl.int64) * Tq
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
@@ -303,14 +357,14 @@ def _attention_dkdv_kernel(
     full = tl.maximum(start_n + BLOCK_N - 1 - (Tk - Tq), 0)
     full = tl.minimum(tl.cdiv(full, BLOCK_M) * BLOCK_M, Tq)
     dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, delta_ptr, stride_qt, stride_dot, low, full,
-        start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=True,
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
+        low, full, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=True,
     )  # fmt: skip
     dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, delta_ptr, stride_qt, stride_dot, full, Tq,
-        start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, MASKED=False,
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
+        full, Tq, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=False,
     )  # fmt: skip
     dk_base, dv_base = dk_ptr + b * stride_dkb, dv_ptr + b * stride_dvb
     dk_base, dv_base = dk_base + h * stride_dkh, dv_base + h * stride_dvh
@@ -330,14 +384,33 @@ class Plan:
     stages: int
 
 
+# (D <= 64, D > 64) by architecture. Chosen for no spills and two programs a multiprocessor where
+# `python -m kernels.codegen` finds such a plan; `python -m kernels.tune` prints measured rows.
+_PLANS = {
+    "sm_80": (
+        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 2)},
+        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 8, 2), "dkdv": Plan(32, 32, 8, 2)},
+    ),
+    "sm_90": (
+        {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
+        {"forward": Plan(64, 64, 4, 2), "dq": Plan(128, 64, 8, 2), "dkdv": Plan(32, 64, 4, 1)},
+    ),
+    "sm_100": (
+        {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
+        {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 8, 2), "dkdv": Plan(64, 64, 8, 1)},
+    ),
+}
+
+
 def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bool) -> Plan:
     """The launch plan of `kernel`, "forward", "dq" or "dkdv"."""
     if architecture == "interpreter":
-        # Small and unlike each other, so that small tests cross every kind of block edge.
-        return Plan(16, 32, 4, 1) if kernel == "dkdv" else Plan(32, 16, 4, 1)
+        # Small and not square, so that small tests cross every kind of block edge; the same for
+        # all kernels, because numpy's products round differently in each shape.
+        return Plan(32, 16, 4, 1) if D <= 32 else Plan(16, 32, 4, 1)
     if dtype == torch.float32:
         return Plan(32, 32, 4, 1)
-    return Plan(64, 64, 4 if D <= 64 else 8, 2)
+    return _PLANS.get(architecture, _PLANS["sm_80"])[D > 64][kernel]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -345,6 +418,11 @@ def _precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
+
+
+def _qk_scale(q, scale: float) -> float:
+    """What the kernels multiply q.k by: float32 is taken to the power of e, the rest of 2."""
+    return scale if q.dtype == torch.float32 else scale * LOG2E
 
 
 def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tuple[Plan, dict]:
@@ -359,6 +437,7 @@ def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tupl
         "DROPOUT": dropout_threshold(dropout_p) > 0,
         "HAS_FIRST": key is not None and key.numel() == 3,
         "PRECISION": _precision(q.dtype),
+        "EXACT": q.dtype == torch.float32,
         "WIDEN": architecture == "interpreter" and q.dtype == torch.bfloat16,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
@@ -366,16 +445,19 @@ def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tupl
 
 
 def forward(q, k, v, o, key, scale, dropout_p, site, blocks: Plan | None = None):
-    """Write o (B, H, Tq, D) and return lse (B, H, Tq), float32, in base 2."""
+    """Write o (B, H, Tq, D) and return lse (1 or 2, B, H, Tq), float32, in base 2.
+
+    For float32 inputs it is in base e, and lse[1] holds what rounding took from lse[0].
+    """
     B, H, Tq, _ = q.shape
     blocks, options = _options("forward", q, dropout_p, key, blocks)
-    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    lse = saved_like(q, k, dropout_p)
     backend.launch(
         _attention_forward_kernel,
         (B * H * -(-Tq // blocks.block_m),),
         *(q, k, v, o, lse, lse if key is None else key),
         *(*q.stride(), *k.stride(), *v.stride(), *o.stride()),
-        *(H, Tq, k.shape[2], scale * LOG2E, dropout_scale(dropout_p)),
+        *(H, Tq, k.shape[2], _qk_scale(q, scale), dropout_scale(dropout_p)),
         *(site, dropout_threshold(dropout_p)),
         **options,
     )
@@ -390,9 +472,9 @@ def backward(
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
     keep_scale = dropout_scale(dropout_p)
-    scales = scale * LOG2E, scale * keep_scale, keep_scale
+    scales = _qk_scale(q, scale), scale * keep_scale, keep_scale
     key = lse if key is None else key
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse[0])
     blocks, options = _options("dq", q, dropout_p, key, dq_blocks)
     backend.launch(
         _attention_dq_kernel,
@@ -415,4 +497,5 @@ def backward(
 
 def saved_like(q, k, dropout_p):
     """An empty tensor like what `forward` returns."""
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
+    parts = 2 if q.dtype == torch.float32 else 1
+    return q.new_empty(parts, *q.shape[:3], dtype=torch.float32)

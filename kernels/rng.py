@@ -254,13 +254,18 @@ if HAS_TRITON:
         the first two rounds and half of the third then cost one axis each, not the tile.
         """
         for _ in tl.static_range(_ROUNDS):
-            high0, low0 = tl.umulhi(c0, _M0), c0 * _M0
-            high1, low1 = tl.umulhi(c2, _M1), c2 * _M1
-            c0, c1 = high1 ^ (c1 ^ k0), low1
-            c2, c3 = high0 ^ (c3 ^ k1), low0
+            # One wide product gives both words; umulhi and * would be two instructions.
+            product0, product1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
+            c0, c1 = (product1 >> 32).to(tl.uint32) ^ (c1 ^ k0), product1.to(tl.uint32)
+            c2, c3 = (product0 >> 32).to(tl.uint32) ^ (c3 ^ k1), product0.to(tl.uint32)
             k0 += _W0
             k1 += _W1
         return c0, c1, c2, c3
+
+    @triton.jit
+    def _pair(low, high):
+        """low + 2**32 * high, two registers."""
+        return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
 
     @triton.jit
     def keep_tile(seed, step, plane, site, rows, col, threshold, COLS: tl.constexpr):
@@ -273,11 +278,13 @@ if HAS_TRITON:
         rows32 = rows.to(tl.uint32)[:, None]
         plane, site = tl.full((), plane, tl.uint32), tl.full((), site, tl.uint32)
         w0, w1, w2, w3 = philox(groups, rows32, plane, site, seed, step)
-        # The last joined axis runs fastest: (w0, w2) then (w1, w3) gives w0, w1, w2, w3.
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(rows.shape[0], COLS // 2)
-        bound = tl.full((), threshold, tl.uint32) << 16
+        # On its way to a matrix product the mask changes layout. As pairs of words, joined once
+        # and broadcast, it does so once, and as 8 bytes for 4 lanes rather than lane by lane.
+        pairs = tl.join(_pair(w0, w1), _pair(w2, w3))  # (M, COLS // 8, 2)
+        halves = (32 * tl.arange(0, 2)).to(tl.uint64)
+        words = (pairs[:, :, :, None] >> halves[None, None, None, :]).to(tl.uint32)
         # Shifted left by 16 or 0, a half word decides an unsigned comparison of the whole word.
-        # Written as a broadcast, what changes layout on the way to a matrix product is words.
         shifts = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)
-        lanes = words[:, :, None] << shifts[None, None, :]
+        lanes = words[:, :, :, :, None] << shifts[None, None, None, None, :]
+        bound = tl.full((), threshold, tl.uint32) << 16
         return (lanes >= bound).reshape(rows.shape[0], COLS)

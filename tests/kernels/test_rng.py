@@ -1,0 +1,155 @@
+"""Randomness as a pure function: Philox itself, its three implementations, keys."""
+
+import re
+
+import pytest
+import torch
+
+from kernels import rng
+from kernels.backend import tl, triton
+from kernels.rng import dropout_keep_mask, dropout_scale, dropout_threshold, make_key
+
+
+def philox_by_hand(counter, key, rounds):
+    """Salmon et al. 2011, section 3.3, on Python integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            product1 >> 32 ^ c1 ^ k0,
+            product1 & 0xFFFFFFFF,
+            product0 >> 32 ^ c3 ^ k1,
+            product0 & 0xFFFFFFFF,
+        )
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+# Known answers of Random123's philox4x32-10.
+KNOWN = [
+    ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN)
+def test_known_answers(counter, key, words):
+    assert philox_by_hand(counter, key, 10) == words
+    counters = [torch.tensor(c) for c in counter]
+    assert tuple(int(w) for w in rng.philox4x32(*counters, *key, rounds=10)) == words
+
+
+def keep_by_hand(seed, step, site, plane, row, col, threshold):
+    """The definition, for one element."""
+    words = philox_by_hand((col // 8, row, plane, site), (seed, step), 7)
+    lane = words[col % 8 // 2] >> 16 * (col % 2) & 0xFFFF
+    return lane >= threshold
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.9, 1 / 65536], ids="p{:.3g}".format)
+def test_mask_is_the_definition(p):
+    seed, step, site, planes, rows, cols = 2**32 - 1, 2**31 + 7, 21, range(5, 7), range(3, 6), 19
+    keep = dropout_keep_mask(make_key(seed, step), site, planes, rows, cols, p)
+    threshold = dropout_threshold(p)
+    expected = [
+        [[keep_by_hand(seed, step, site, i, j, k, threshold) for k in range(cols)] for j in rows]
+        for i in planes
+    ]
+    assert keep.tolist() == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8192])
+def test_numpy_and_torch_agree(chunk, monkeypatch):
+    monkeypatch.setattr(rng, "_CHUNK_GROUPS", chunk)
+    key = make_key(123, 456)
+    planes, rows = torch.tensor([9, 2, 2**31]), torch.arange(11, 18)
+    by_torch = rng._keep_torch(key, 3, planes, rows, 4, 0.3)
+    assert torch.equal(dropout_keep_mask(key, 3, planes, rows, 29, 0.3), by_torch[..., :29])
+
+
+def test_kernel_draws_the_same_mask(device):
+    pytest.importorskip("triton", reason="needs triton")
+
+    @triton.jit
+    def kernel(key_ptr, keep_ptr, plane, site, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+        seed, step, first = rng.load_key(key_ptr, True)
+        rows = 100 + tl.arange(0, ROWS)
+        plane32 = first * 3 + plane.to(tl.uint32)
+        keep = rng.keep_tile(seed, step, plane32, site, rows, 64, threshold, COLS)
+        offsets = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        tl.store(keep_ptr + offsets, keep.to(tl.int8))
+
+    key = make_key(2**32 - 5, 77, 2, device=device)
+    for p in (0.3, 0.8):
+        keep = torch.empty(16, 32, dtype=torch.int8, device=device)
+        kernel[(1,)](key, keep, 5, 21, dropout_threshold(p), 16, 32)
+        expected = dropout_keep_mask(key, 21, range(11, 12), range(100, 116), 96, p)
+        assert torch.equal(keep.bool(), expected[0, :, 64:])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5], ids="p{}".format)
+def test_dropped_fraction_and_scale(p):
+    keep = dropout_keep_mask(make_key(1), 0, 4, 256, 1024, p)
+    deviation = (p * (1 - p) / keep.numel()) ** 0.5
+    assert abs((~keep).double().mean().item() - p) < 5 * deviation
+    assert abs(keep.double().mean().item() * dropout_scale(p) - 1) < 5 * deviation / (1 - p)
+
+
+def test_every_coordinate_matters():
+    """Masks that differ in one coordinate agree as often as independent ones."""
+    base = dropout_keep_mask(make_key(1, 1), 1, 1, 64, 256, 0.5)
+    others = [
+        dropout_keep_mask(make_key(2, 1), 1, 1, 64, 256, 0.5),
+        dropout_keep_mask(make_key(1, 2), 1, 1, 64, 256, 0.5),
+        dropout_keep_mask(make_key(1, 1), 2, 1, 64, 256, 0.5),
+        dropout_keep_mask(make_key(1, 1), 1, range(1, 2), 64, 256, 0.5),
+        dropout_keep_mask(make_key(1, 1), 1, 1, range(64, 128), 256, 0.5),
+        dropout_keep_mask(make_key(1, 1), 1, 1, 64, 512, 0.5)[..., 256:],
+    ]
+    for other in others:
+        assert abs((base == other).double().mean().item() - 0.5) < 5 * 0.5 / 128
+
+
+def test_drawn_keys_follow_manual_seed():
+    keys = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        keys.append(rng.draw_key().tolist())
+    assert keys[0] == keys[1] != keys[2] and keys[0][2] == 0
+
+
+def test_sites_are_distinct():
+    sites = [rng.layer_site(layer, place) for layer in range(9) for place in rng.PLACES]
+    sites += [rng.SITE_BATCH, rng.SITE_EMBEDDING, rng.SITE_SAMPLE]
+    assert len(set(sites)) == len(sites)
+
+
+BAD_KEYS = {
+    "key must be an int64 tensor; got int": (TypeError, 3),
+    "key must be an int64 tensor; got torch.int32": (TypeError, torch.zeros(2, dtype=torch.int32)),
+    "key must be (2,) [seed, step] or (3,) [seed, step, first]; got shape (4,)": (
+        ValueError,
+        torch.zeros(4, dtype=torch.int64),
+    ),
+    "key must be on cpu; got meta": (ValueError, torch.zeros(2, dtype=torch.int64, device="meta")),
+}
+
+
+@pytest.mark.parametrize("message", BAD_KEYS)
+def test_bad_keys(message):
+    error, key = BAD_KEYS[message]
+    with pytest.raises(error, match=re.escape(f"op: {message}")):
+        rng.check_key("op", key, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 0.999999, float("nan")])
+def test_bad_probability(p):
+    message = f"dropout_keep_mask: dropout_p must be in [0, 1); got {p}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dropout_keep_mask(make_key(1), 0, 1, 1, 8, p)
