@@ -1,0 +1,134 @@
+"""Measure attention's launch plans on this GPU and print the rows to check in.
+
+    python -m kernels.tune [--dropout 0.2] [--dtype bfloat16]
+
+For D = 64 and 128 and each of the three kernels, every candidate is timed (median of repeated
+launches, L2 flushed in between) at B64 H6 T256 and B4 H12 T4096; the plan with the least summed
+relative time wins. The printed rows go into `_PLANS` of `kernels.attention_kernels`.
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+
+from kernels import attention_kernels, backend
+from kernels.attention_kernels import Plan
+
+KERNELS = ("forward", "dq", "dkdv")
+HEAD_SIZES = (64, 128)
+SIZES = ((64, 6, 256), (4, 12, 4096))  # B, H, T
+_REPEATS = 20
+
+
+def candidates() -> list[Plan]:
+    """Every plan worth a measurement."""
+    blocks = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+    return [Plan(*block) for block in blocks if block[0] * block[1] <= 128 * 128 // 2]
+
+
+def best(plans: Iterable[Plan], times: Callable[[Plan], list[float] | None]) -> Plan:
+    """The plan whose times, each relative to the fastest of its size, add up to the least.
+
+    `times` returns one time a size, or None for a plan that cannot run.
+    Raises: RuntimeError if no plan can run.
+    """
+    measured = {plan: result for plan in plans if (result := times(plan)) is not None}
+    if not measured:
+        raise RuntimeError("tune: at least one plan must run; got none")
+    fastest = [min(column) for column in zip(*measured.values(), strict=True)]
+
+    def relative(plan: Plan) -> float:
+        return sum(t / f for t, f in zip(measured[plan], fastest, strict=True))
+
+    return min(measured, key=relative)
+
+
+def rows(architecture: str, winners: dict[tuple[str, int], Plan]) -> str:
+    """The entry of `_PLANS` for (kernel, D) -> plan."""
+    lines = [f'    "{architecture}": (']
+    for D in HEAD_SIZES:
+        plans = (winners[kernel, D] for kernel in KERNELS)
+        fields = (f"Plan({p.block_m}, {p.block_n}, {p.warps}, {p.stages})" for p in plans)
+        pairs = (f'"{kernel}": {field}' for kernel, field in zip(KERNELS, fields, strict=True))
+        lines.append(f"        {{{', '.join(pairs)}}},")
+    return "\n".join([*lines, "    ),"])
+
+
+def _time_ms(run: Callable[[], None], flush: torch.Tensor) -> float:
+    """Median time of `run` with a cold L2 cache."""
+    run()
+    times = []
+    for _ in range(_REPEATS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def _launcher(kernel: str, B, H, T, D, dtype, dropout_p) -> Callable[[Plan], None]:
+    """What runs `kernel` with a plan; of the backward, the other kernel keeps its own plan."""
+    qkv = torch.randn(B, T, 3, H, D, device="cuda", dtype=dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    gradients = torch.empty_like(qkv).permute(2, 0, 3, 1, 4)
+    o = torch.empty_like(q)
+    options = torch.tensor([1, 2, 0], device="cuda"), D**-0.5, dropout_p, 16
+    lse = attention_kernels.forward(q, k, v, o, *options)
+
+    def run(plan: Plan) -> None:
+        if kernel == "forward":
+            attention_kernels.forward(q, k, v, o, *options, blocks=plan)
+        else:
+            blocks = {f"{kernel}_blocks": plan}
+            attention_kernels.backward(o, q, k, v, o, lse, *gradients, *options, **blocks)
+
+    return run
+
+
+def _measure(kernel: str, D: int, plan: Plan, dtype, dropout_p: float) -> list[float] | None:
+    """Milliseconds at each of SIZES, or None if the plan asks for too much."""
+    from triton import OutOfResources
+
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    times = []
+    for size in SIZES:
+        run = _launcher(kernel, *size, D, dtype, dropout_p)
+        try:
+            times.append(_time_ms(functools.partial(run, plan), flush))
+        except OutOfResources:
+            return None
+    return times
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the rows for this GPU; 2 without one."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    options = parser.parse_args(arguments)
+    if not (torch.cuda.is_available() and backend.HAS_TRITON):
+        print("tune: needs a CUDA or ROCm GPU and triton; found none", file=sys.stderr)
+        return 2
+    dtype = getattr(torch, options.dtype)
+    winners = {}
+    for kernel, D in itertools.product(KERNELS, HEAD_SIZES):
+
+        def times(plan, kernel=kernel, D=D):
+            return _measure(kernel, D, plan, dtype, options.dropout)
+
+        winners[kernel, D] = best(candidates(), times)
+        print(f"{kernel} D={D}: {winners[kernel, D]}", file=sys.stderr)
+    print(rows(backend.architecture(torch.device("cuda", 0)), winners))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
