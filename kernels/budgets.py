@@ -3,7 +3,7 @@
 A `Case` is an op at a size somebody trains at; calling it runs forward and backward on meta
 tensors. `WORK` says how many elements a kernel computes, from which follow instructions per
 element and the bounds on time. `BUDGETS` is the table that `--check` holds; a kernel without a
-row in it is a breach, and so is any spill.
+row in it is a breach, and so is a row without a kernel.
 """
 
 from collections.abc import Callable
@@ -210,13 +210,14 @@ WORK = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What one kernel may use in one case on one architecture; spills and stack are always 0."""
+    """What one kernel may use in one case on one architecture; with spills 0, no stack either."""
 
     op: str
     case: str
     kernel: str
     arch: str
     registers: int  # at most, of one thread
+    spills: int  # at most, loads and stores of thread-local memory; 0 but for stated exceptions
     shared: int  # at most, bytes of one program
     programs: int  # at least, on one multiprocessor
     per_element: float | None  # at most, thread instructions of the loop per element
@@ -225,8 +226,8 @@ class Budget:
     def breaches(self, row: dict[str, Any]) -> list[str]:
         """The rules a row of the report breaks."""
         rules = [
-            (row["spills"] == 0, "spills = 0", "spills"),
-            (row["stack"] == 0, "stack = 0", "stack"),
+            (row["spills"] <= self.spills, f"spills <= {self.spills}", "spills"),
+            (self.spills > 0 or row["stack"] == 0, "stack = 0", "stack"),
             (row["registers"] <= self.registers, f"registers <= {self.registers}", "registers"),
             (row["shared"] <= self.shared, f"shared <= {self.shared}", "shared"),
             (row["occupancy"] >= self.programs, f"programs >= {self.programs}", "occupancy"),
@@ -242,26 +243,183 @@ class Budget:
 
 
 def _read_budgets(text: str) -> dict[tuple[str, str, str, str], Budget]:
-    """One `Budget` a line, columns in the order of its fields; "-" for None."""
+    """A line "op case", then for each kernel an indented line with the rest of `Budget`'s fields.
+
+    "-" stands for None.
+    """
     budgets = {}
-    for line in text.strip().splitlines():
-        op, case, kernel, arch, registers, shared, programs, per_element, tensor_core = line.split()
+    for line in filter(None, text.splitlines()):
+        if not line.startswith(" "):
+            op, case = line.split()
+            continue
+        kernel, arch, *limits, per_element, tensor_core = line.split()
         budgets[op, case, kernel, arch] = Budget(
-            op,
-            case,
-            kernel,
-            arch,
-            int(registers),
-            int(shared),
-            int(programs),
+            *(op, case, kernel, arch),
+            *map(int, limits),
             None if per_element == "-" else float(per_element),
             None if tensor_core == "-" else tensor_core,
         )
     return budgets
 
 
-# op, case, kernel, arch, registers, shared, programs, instructions per element, tensor core.
-# Written by `python -m kernels.codegen --write-budgets`: what Triton 3.7.1 makes of the kernel,
-# 8 registers and a tenth of the instructions to spare.
+# kernel, arch: registers, spills, shared, programs, instructions per element, tensor core.
+# Written by `python -m kernels.codegen --print-budgets`: what Triton 3.7.1 makes of the kernels,
+# with 8 registers and a tenth of the instructions to spare.
 BUDGETS = _read_budgets("""
+causal_attention B64-T256-H6-D64-bf16-p0.2
+  _attention_forward_kernel sm_80 200 0 20480 2 29.8 HMMA
+  _attention_dq_kernel sm_80 232 0 28672 2 28.3 HMMA
+  _attention_dkdv_kernel sm_80 248 0 29184 2 48.7 HMMA
+  _attention_forward_kernel sm_90 224 0 49152 2 22.0 HGMMA
+  _attention_dq_kernel sm_90 224 0 57344 2 21.1 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 40960 2 23.1 HGMMA
+  _attention_forward_kernel sm_100 232 0 41984 2 25.0 UTCHMMA
+  _attention_dq_kernel sm_100 176 0 58368 2 22.9 UTCHMMA
+  _attention_dkdv_kernel sm_100 224 0 40968 2 25.5 UTCHMMA
+  _attention_forward_kernel gfx942 144 0 12288 3 57.5 v_mfma
+  _attention_dq_kernel gfx942 200 4 12288 2 55.4 v_mfma
+  _attention_dkdv_kernel gfx942 248 0 8192 2 80.3 v_mfma
+causal_attention B64-T256-H6-D64-bf16
+  _attention_forward_kernel sm_80 152 0 16384 3 18.4 HMMA
+  _attention_dq_kernel sm_80 176 0 24576 3 16.5 HMMA
+  _attention_dkdv_kernel sm_80 176 0 29184 3 28.5 HMMA
+  _attention_forward_kernel sm_90 136 0 40960 4 14.4 HGMMA
+  _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 40960 2 12.9 HGMMA
+  _attention_forward_kernel sm_100 168 0 41984 3 18.3 UTCHMMA
+  _attention_dq_kernel sm_100 136 6 58368 2 16.4 UTCHMMA
+  _attention_dkdv_kernel sm_100 136 0 40968 4 14.9 UTCHMMA
+causal_attention B4-T4096-H12-D64-bf16
+  _attention_forward_kernel sm_90 136 0 40960 4 14.4 HGMMA
+  _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 40960 2 12.9 HGMMA
+causal_attention B4-T4096-H12-D128-bf16
+  _attention_forward_kernel sm_80 255 0 36864 2 36.6 HMMA
+  _attention_dq_kernel sm_80 176 0 53248 1 45.7 HMMA
+  _attention_dkdv_kernel sm_80 136 0 35072 2 73.2 HMMA
+  _attention_forward_kernel sm_90 248 0 81920 2 17.3 HGMMA
+  _attention_dq_kernel sm_90 216 0 131072 1 15.1 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 65536 2 27.2 HGMMA
+  _attention_forward_kernel sm_100 224 0 82944 2 22.7 UTCHMMA
+  _attention_dq_kernel sm_100 120 0 115712 2 23.0 UTCHMMA
+  _attention_dkdv_kernel sm_100 168 0 73736 1 28.3 UTCHMMA
+causal_attention B4-T4096-H12-D128-bf16-p0.2
+  _attention_forward_kernel sm_80 255 0 36864 2 52.5 HMMA
+  _attention_dq_kernel sm_80 184 0 53248 1 68.9 HMMA
+  _attention_dkdv_kernel sm_80 176 0 35072 1 113.6 HMMA
+  _attention_forward_kernel sm_90 255 0 90112 2 25.9 HGMMA
+  _attention_dq_kernel sm_90 255 0 147456 1 23.2 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 65536 2 35.0 HGMMA
+  _attention_forward_kernel sm_100 240 0 82944 2 29.3 UTCHMMA
+  _attention_dq_kernel sm_100 136 0 115712 2 29.6 UTCHMMA
+  _attention_dkdv_kernel sm_100 176 0 73736 1 39.9 UTCHMMA
+causal_attention B64-T256-H6-D85-bf16-p0.2
+  _attention_forward_kernel sm_90 255 280 32768 2 64.2 HGMMA
+  _attention_dq_kernel sm_90 255 950 98304 1 42.4 HGMMA
+  _attention_dkdv_kernel sm_90 255 404 65536 2 96.0 HGMMA
+causal_attention B64-T256-H6-D64-fp32-p0.2
+  _attention_forward_kernel sm_90 255 0 20480 2 211.8 -
+  _attention_dq_kernel sm_90 255 400 32768 2 300.9 -
+  _attention_dkdv_kernel sm_90 255 0 40960 2 370.8 -
+layer_norm M16384-C384-bf16
+  _forward_kernel sm_80 72 0 0 32 19.1 -
+  _backward_kernel sm_80 120 0 8192 2 33.0 -
+  _sum_partials_kernel sm_80 48 0 256 12 - -
+  _forward_kernel sm_90 72 0 0 32 19.2 -
+  _backward_kernel sm_90 128 0 8192 2 33.0 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _forward_kernel sm_100 72 0 0 32 16.5 -
+  _backward_kernel sm_100 120 0 8192 2 30.5 -
+  _sum_partials_kernel sm_100 40 0 256 16 - -
+  _forward_kernel gfx942 48 0 0 32 32.8 -
+  _backward_kernel gfx942 80 0 16384 3 33.2 -
+  _sum_partials_kernel gfx942 40 0 256 8 - -
+layer_norm M16384-C768-bf16
+  _forward_kernel sm_90 48 0 8 24 25.9 -
+  _backward_kernel sm_90 128 0 8192 2 33.0 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+layer_norm M16384-C1024-bf16
+  _forward_kernel sm_90 48 0 8 24 18.9 -
+  _backward_kernel sm_90 120 0 8192 2 24.4 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+layer_norm M16384-C4096-bf16
+  _forward_kernel sm_90 48 0 32 6 19.5 -
+  _backward_kernel sm_90 136 0 8192 2 21.1 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+dropout_add_layer_norm M16384-C384-bf16-p0.2
+  _forward_kernel sm_80 80 0 0 28 42.4 -
+  _backward_kernel sm_80 136 0 8192 2 52.3 -
+  _sum_partials_kernel sm_80 48 0 256 12 - -
+  _forward_kernel sm_90 72 0 0 32 42.4 -
+  _backward_kernel sm_90 136 0 8192 2 52.1 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _forward_kernel sm_100 72 0 0 32 39.0 -
+  _backward_kernel sm_100 136 0 8192 2 50.1 -
+  _sum_partials_kernel sm_100 40 0 256 16 - -
+  _forward_kernel gfx942 48 0 0 32 61.1 -
+  _backward_kernel gfx942 88 0 16384 3 57.0 -
+  _sum_partials_kernel gfx942 40 0 256 8 - -
+dropout_add_layer_norm M16384-C768-bf16
+  _forward_kernel sm_90 48 0 8 24 29.2 -
+  _backward_kernel sm_90 136 0 8192 2 36.9 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+dropout_add_layer_norm M16384-C1024-bf16-p0.2
+  _forward_kernel sm_90 48 0 8 24 37.0 -
+  _backward_kernel sm_90 136 0 8192 2 38.4 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+dropout_add_layer_norm M16384-C4096-bf16-p0.2
+  _forward_kernel sm_90 56 0 32 5 37.3 -
+  _backward_kernel sm_90 136 0 8192 2 34.7 -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+linear_act M16384-K384-N1536-bf16-relu
+  _activation_backward_kernel sm_80 104 0 4096 5 - -
+  _sum_partials_kernel sm_80 48 0 256 12 - -
+  _activation_backward_kernel sm_90 104 0 4096 5 - -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _activation_backward_kernel sm_100 104 0 4096 5 - -
+  _sum_partials_kernel sm_100 40 0 256 16 - -
+  _activation_backward_kernel gfx942 80 0 4096 7 - -
+  _sum_partials_kernel gfx942 40 0 256 8 - -
+linear_act M16384-K768-N3072-bf16-gelu
+  _linear_act_kernel sm_90 144 0 98304 1 - HGMMA
+  _activation_backward_kernel sm_90 136 0 4096 4 - -
+  _sum_partials_kernel sm_90 48 0 256 12 - -
+cross_entropy M16384-V65-bf16
+  _cross_entropy_kernel sm_80 136 0 256 4 291.6 -
+  _reduce_losses_kernel sm_80 56 0 32 5 - -
+  _scale_kernel sm_80 40 0 0 16 - -
+  _cross_entropy_kernel sm_90 136 0 256 4 294.5 -
+  _reduce_losses_kernel sm_90 56 0 32 5 - -
+  _scale_kernel sm_90 40 0 0 16 - -
+  _cross_entropy_kernel sm_100 112 0 256 4 287.2 -
+  _reduce_losses_kernel sm_100 56 0 32 5 - -
+  _scale_kernel sm_100 32 0 0 16 - -
+  _cross_entropy_kernel gfx942 72 0 128 8 305.2 -
+  _reduce_losses_kernel gfx942 40 0 32 4 - -
+  _scale_kernel gfx942 32 0 0 8 - -
+cross_entropy M16384-V50257-bf16
+  _cross_entropy_kernel sm_90 56 0 32 5 46.9 -
+  _reduce_losses_kernel sm_90 56 0 32 5 - -
+  _scale_kernel sm_90 40 0 0 16 - -
+linear_cross_entropy M16384-C384-V65-bf16
+  _cross_entropy_kernel sm_90 64 0 64 9 72.4 -
+  _reduce_losses_kernel sm_90 56 0 32 5 - -
+  _scale_kernel sm_90 40 0 0 16 - -
+linear_cross_entropy M16384-C768-V50257-bf16
+  _cross_entropy_kernel sm_90 48 0 32 6 37.5 -
+  _reduce_losses_kernel sm_90 56 0 32 5 - -
+  _scale_kernel sm_90 40 0 0 16 - -
+embed B64-T256-C384-V65-bf16-p0.2
+  _embed_kernel sm_80 40 0 0 16 26.6 -
+  _position_gradient_kernel sm_80 56 0 2048 10 - -
+  _token_gradient_one_hot_kernel sm_80 192 0 20992 2 - HMMA
+  _embed_kernel sm_90 48 0 0 12 27.0 -
+  _position_gradient_kernel sm_90 56 0 2048 10 - -
+  _token_gradient_one_hot_kernel sm_90 152 0 20992 3 - HGMMA
+  _embed_kernel sm_100 40 0 0 16 25.8 -
+  _position_gradient_kernel sm_100 56 0 2048 10 - -
+  _token_gradient_one_hot_kernel sm_100 136 0 12864 4 - UTCHMMA
+  _embed_kernel gfx942 40 0 0 8 35.5 -
+  _position_gradient_kernel gfx942 48 0 2048 8 - -
+  _token_gradient_one_hot_kernel gfx942 136 0 8192 4 - v_mfma
 """)

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -421,24 +422,30 @@ def _print_rows(rows: Sequence[Row], arch: str, gpu: GPU) -> None:
 
 def _budget_lines(rows: Iterable[Row]) -> list[str]:
     """Rows for kernels/budgets.py: what was compiled, with a little to spare."""
-    lines: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if "error" not in row:
             key = row["op"], row["case"], row["kernel"], row["arch"]
-            lines.setdefault(key, []).append(row)
-    text = []
-    for key, group in lines.items():
-        registers = min(255, max(-(-row["registers"] // 8) * 8 + 8 for row in group))
-        shared = max(row["shared"] for row in group)
-        programs = min(row["occupancy"] for row in group)
+            groups.setdefault(key, []).append(row)
+    lines, heading = [], None
+    for (op, case, kernel, arch), group in groups.items():
+        if heading != (heading := f"{op} {case}"):
+            lines.append(heading)
+        # Registers come in units of 8; no thread has more than 255 (512 on gfx942).
+        most = 512 if arch.startswith("gfx") else 255
+        registers = min(most, max(-(-row["registers"] // 8) * 8 + 8 for row in group))
+        limits = (
+            registers,
+            max(row["spills"] for row in group),
+            max(row["shared"] for row in group),
+            min(row["occupancy"] for row in group),
+        )
         elements = [row["per_element"] for row in group if row["per_element"] is not None]
         per_element = f"{1.1 * max(elements):.1f}" if elements else "-"
-        kinds = {
-            opcode.split(".")[0].split("_f32")[0] for row in group for opcode in row["tensor_core"]
-        }
-        kind = max(kinds, key=lambda k: ("GMMA" in k, "UTC" in k), default="-")
-        text.append(" ".join((*key, str(registers), str(shared), str(programs), per_element, kind)))
-    return text
+        opcodes = {opcode for row in group for opcode in row["tensor_core"]}
+        kind = max((re.match(r"[A-Z]+|v_mfma", o)[0] for o in opcodes), key=len, default="-")
+        lines.append(f"  {kernel} {arch} {' '.join(map(str, limits))} {per_element} {kind}")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -140,7 +140,7 @@ def test_every_gpu_has_limits_and_every_architecture_a_gpu():
 
 # Budgets --------------------------------------------------------------------------------------
 
-BUDGET = Budget("op", "case", "_kernel", "sm_90", 128, 49152, 2, 20.0, "HGMMA")
+BUDGET = Budget("op", "case", "_kernel", "sm_90", 128, 0, 49152, 2, 20.0, "HGMMA")
 ROW = {
     "op": "op",
     "case": "case",
@@ -329,3 +329,37 @@ def test_an_unknown_architecture_raises():
 def test_interpreted_kernels_are_refused():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET must be unset"):
         codegen.compile_launch(object(), (1,), (), {}, "sm_90")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--op", "layer_norm", "--arch", "sm_90"], id="layer_norm-sm_90"),
+        pytest.param([], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_shipped_kernels_keep_their_budgets(arguments, tmp_path):
+    """Also with TRITON_INTERPRET set, which the command must get rid of by itself."""
+    path = tmp_path / "rows.json"
+    command = ["-m", "kernels.codegen", "--check", "--json", str(path), *arguments]
+    result = run(*command, env=COMPILED | {"TRITON_INTERPRET": "1"})
+    assert result.returncode == 0, result.stdout.split("\n\n")[-1] + result.stderr
+    assert "keep their budgets" in result.stdout
+    row = json.loads(path.read_text())["rows"][0]
+    again = run("-m", "kernels.codegen", "--diff", str(path), *arguments)
+    assert again.returncode == 0 and "no change from" in again.stdout
+    assert 0 < row["floor_us"] <= row["bound_us"]
+
+
+def test_a_breach_is_exit_code_1(monkeypatch, capsys):
+    row = ROW | {"spills": 7, "error": "none"}
+    monkeypatch.setattr(codegen, "examine", lambda *_: [row])
+    monkeypatch.setattr(codegen.backend, "interpreting", lambda: False)
+    assert codegen.main(["--check", "--arch", "sm_90", "--op", "embed"]) == 1
+    assert "must compile" in capsys.readouterr().out
+
+
+def test_spills_are_stated_exceptions_of_attention():
+    """A budget may allow spills only where no plan without them is known."""
+    spilling = {op for (op, *_), budget in BUDGETS.items() if budget.spills}
+    assert spilling <= {"causal_attention"}
