@@ -300,9 +300,7 @@ def validation_text(results: Path) -> str:
     found = validation(results)
     if not found:
         return f"\nvalidation: no step is on record in {results.name}/"
-    rows = [
-        ["validation: the same model on what was measured", "predicted ms", "measured", "error"]
-    ]
+    rows = [["the same model on what was measured", "predicted ms", "measured", "error"]]
     errors = []
     for _, case, predicted, measured in found:
         errors.append(abs(predicted / measured - 1))
