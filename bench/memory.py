@@ -124,7 +124,7 @@ def plot(content: dict[str, Any], folder: Path, stem: str = "") -> list[Path]:
         for name in dict.fromkeys(name for row in by_T.values() for name in row):
             points = [(int(T), row[name]) for T, row in by_T.items() if name in row]
             style = render.OURS_STYLE if name == OURS else {}
-            axes.plot(*zip(*points, strict=True), "o-", label=name, **style)
+            axes.plot(*zip(*points, strict=True), label=name, **style)
         render.log_axis(axes, [int(T) for T in by_T])
         axes.legend(fontsize=8)
         paths.append(render.save(drawing, folder / f"{stem}memory-{kind}.png"))

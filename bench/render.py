@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-OURS_STYLE = {"color": "#c02020", "linewidth": 2.2, "zorder": 3}
+OURS_STYLE = {"color": "#c02020", "marker": "o", "linewidth": 2.2, "zorder": 3}
+PEER_COLOURS = (  # tab10 and tab20b without reds, so that ours stands out
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2"),
+    *("#7f7f7f", "#bcbd22", "#17becf", "#393b79", "#637939", "#8c6d31"),
+)
+PEER_MARKERS = "svD^<>PX*hdp"
 
 
 def quantity(value: float) -> str:
@@ -153,6 +158,7 @@ def figure(title: str, xlabel: str, ylabel: str):
     drawing = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = drawing.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_prop_cycle(color=PEER_COLOURS, marker=PEER_MARKERS)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")
     return drawing, axes
@@ -191,7 +197,7 @@ def plot_sweeps(question: str, cases: list[Record], ours: str, folder: Path, ste
                 continue
             xs = [x for x, _ in points]
             style = OURS_STYLE if name == ours else {}
-            (line,) = axes.plot(xs, [r["median_ms"] for _, r in points], "o-", label=name, **style)
+            (line,) = axes.plot(xs, [r["median_ms"] for _, r in points], label=name, **style)
             axes.fill_between(
                 xs,
                 [r["q25_ms"] for _, r in points],
@@ -200,7 +206,13 @@ def plot_sweeps(question: str, cases: list[Record], ours: str, folder: Path, ste
                 alpha=0.2,
             )
         xs = [case["shape"][axis] for case in group]
-        axes.plot(xs, [c["limit_ms"] for c in group], "k--", label="least time (measured rates)")
+        axes.plot(
+            xs,
+            [c["limit_ms"] for c in group],
+            "k--",
+            marker="",
+            label="least time (measured rates)",
+        )
         log_axis(axes, xs)
         axes.legend(fontsize=8)
         name = "-".join([stem + question, *fixed.replace("+", "-").replace("=", "").split(), axis])
@@ -228,9 +240,15 @@ def plot_roofline(record: Record, ours: str, folder: Path, stem="") -> list[Path
     intensities = [x for group in points.values() for x, _ in group]
     low, high = min(*intensities, peak / copy) / 2, max(*intensities, peak / copy) * 2
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
-    axes.plot(xs, [min(peak, copy * x) for x in xs], "k-", label="measured copy and matmul rates")
+    axes.plot(
+        xs,
+        [min(peak, copy * x) for x in xs],
+        "k-",
+        marker="",
+        label="measured copy and matmul rates",
+    )
     for question, group in points.items():
-        axes.plot(*zip(*group, strict=True), "o", alpha=0.7, label=question)
+        axes.plot(*zip(*group, strict=True), linestyle="", alpha=0.7, label=question)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.legend(fontsize=8)

@@ -319,7 +319,8 @@ def plot(content: dict[str, Any], folder: Path, stem: str = "") -> list[Path]:
         group = [run for run in content["runs"] if run["who"] == who]
         for number, run in enumerate(group):
             label = f"{who} ({len(group)} runs)" if not number else None
-            axes.plot(*zip(*run["curve"], strict=True), ".-", color=colours[who], label=label)
+            points = zip(*run["curve"], strict=True)
+            axes.plot(*points, marker=".", color=colours[who], label=label)
     axes.axhline(content["target"], color="k", linestyle="--", label=f"{content['target']:g}")
     losses = [loss for run in content["runs"] for _, loss in run["curve"]]
     axes.set_ylim(min(losses) - 0.05, min(max(losses), min(losses) + 1.5))
