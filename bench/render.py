@@ -15,7 +15,7 @@ PEER_COLOURS = (  # tab10 and tab20b without reds, so that ours stands out
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2"),
     *("#7f7f7f", "#bcbd22", "#17becf", "#393b79", "#637939", "#8c6d31"),
 )
-PEER_MARKERS = "svD^<>PX*hdp"
+PEER_MARKERS = tuple("svD^<>PX*hdp")
 
 
 def quantity(value: float) -> str:
