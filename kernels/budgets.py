@@ -281,22 +281,22 @@ causal_attention B64-T256-H6-D64-bf16-p0.2
   _attention_dkdv_kernel gfx942 248 0 8192 2 80.3 v_mfma
 causal_attention B64-T256-H6-D64-bf16
   _attention_forward_kernel sm_80 152 0 16384 3 18.4 HMMA
-  _attention_dq_kernel sm_80 176 0 24576 3 16.5 HMMA
-  _attention_dkdv_kernel sm_80 176 0 29184 3 28.5 HMMA
-  _attention_forward_kernel sm_90 136 0 40960 4 14.4 HGMMA
+  _attention_dq_kernel sm_80 176 0 24576 2 16.5 HMMA
+  _attention_dkdv_kernel sm_80 176 0 29184 2 28.5 HMMA
+  _attention_forward_kernel sm_90 136 0 40960 3 14.4 HGMMA
   _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
   _attention_dkdv_kernel sm_90 255 0 40960 2 12.9 HGMMA
   _attention_forward_kernel sm_100 168 0 41984 3 18.3 UTCHMMA
   _attention_dq_kernel sm_100 136 6 58368 2 16.4 UTCHMMA
-  _attention_dkdv_kernel sm_100 136 0 40968 4 14.9 UTCHMMA
+  _attention_dkdv_kernel sm_100 136 0 40968 3 14.9 UTCHMMA
 causal_attention B4-T4096-H12-D64-bf16
-  _attention_forward_kernel sm_90 136 0 40960 4 14.4 HGMMA
+  _attention_forward_kernel sm_90 136 0 40960 3 14.4 HGMMA
   _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
   _attention_dkdv_kernel sm_90 255 0 40960 2 12.9 HGMMA
 causal_attention B4-T4096-H12-D128-bf16
   _attention_forward_kernel sm_80 255 0 36864 2 36.6 HMMA
   _attention_dq_kernel sm_80 176 0 53248 1 45.7 HMMA
-  _attention_dkdv_kernel sm_80 136 0 35072 2 73.2 HMMA
+  _attention_dkdv_kernel sm_80 136 0 35072 1 73.2 HMMA
   _attention_forward_kernel sm_90 248 0 81920 2 17.3 HGMMA
   _attention_dq_kernel sm_90 216 0 131072 1 15.1 HGMMA
   _attention_dkdv_kernel sm_90 255 0 65536 2 27.2 HGMMA
@@ -311,7 +311,7 @@ causal_attention B4-T4096-H12-D128-bf16-p0.2
   _attention_dq_kernel sm_90 255 0 147456 1 23.2 HGMMA
   _attention_dkdv_kernel sm_90 255 0 65536 2 35.0 HGMMA
   _attention_forward_kernel sm_100 240 0 82944 2 29.3 UTCHMMA
-  _attention_dq_kernel sm_100 136 0 115712 2 29.6 UTCHMMA
+  _attention_dq_kernel sm_100 136 0 115712 1 29.6 UTCHMMA
   _attention_dkdv_kernel sm_100 176 0 73736 1 39.9 UTCHMMA
 causal_attention B64-T256-H6-D85-bf16-p0.2
   _attention_forward_kernel sm_90 255 280 32768 2 64.2 HGMMA
@@ -322,104 +322,104 @@ causal_attention B64-T256-H6-D64-fp32-p0.2
   _attention_dq_kernel sm_90 255 400 32768 2 300.9 -
   _attention_dkdv_kernel sm_90 255 0 40960 2 370.8 -
 layer_norm M16384-C384-bf16
-  _forward_kernel sm_80 72 0 0 32 19.1 -
+  _forward_kernel sm_80 72 0 0 28 19.1 -
   _backward_kernel sm_80 120 0 8192 2 33.0 -
-  _sum_partials_kernel sm_80 48 0 256 12 - -
-  _forward_kernel sm_90 72 0 0 32 19.2 -
+  _sum_partials_kernel sm_80 48 0 256 10 - -
+  _forward_kernel sm_90 72 0 0 28 19.2 -
   _backward_kernel sm_90 128 0 8192 2 33.0 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
-  _forward_kernel sm_100 72 0 0 32 16.5 -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
+  _forward_kernel sm_100 72 0 0 28 16.5 -
   _backward_kernel sm_100 120 0 8192 2 30.5 -
-  _sum_partials_kernel sm_100 40 0 256 16 - -
+  _sum_partials_kernel sm_100 40 0 256 12 - -
   _forward_kernel gfx942 48 0 0 32 32.8 -
   _backward_kernel gfx942 80 0 16384 3 33.2 -
   _sum_partials_kernel gfx942 40 0 256 8 - -
 layer_norm M16384-C768-bf16
-  _forward_kernel sm_90 48 0 8 24 25.9 -
+  _forward_kernel sm_90 48 0 8 20 25.9 -
   _backward_kernel sm_90 128 0 8192 2 33.0 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 layer_norm M16384-C1024-bf16
-  _forward_kernel sm_90 48 0 8 24 18.9 -
+  _forward_kernel sm_90 48 0 8 20 18.9 -
   _backward_kernel sm_90 120 0 8192 2 24.4 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 layer_norm M16384-C4096-bf16
-  _forward_kernel sm_90 48 0 32 6 19.5 -
-  _backward_kernel sm_90 136 0 8192 2 21.1 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _forward_kernel sm_90 48 0 32 5 19.5 -
+  _backward_kernel sm_90 136 0 8192 1 21.1 -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C384-bf16-p0.2
-  _forward_kernel sm_80 80 0 0 28 42.4 -
-  _backward_kernel sm_80 136 0 8192 2 52.3 -
-  _sum_partials_kernel sm_80 48 0 256 12 - -
-  _forward_kernel sm_90 72 0 0 32 42.4 -
-  _backward_kernel sm_90 136 0 8192 2 52.1 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
-  _forward_kernel sm_100 72 0 0 32 39.0 -
-  _backward_kernel sm_100 136 0 8192 2 50.1 -
-  _sum_partials_kernel sm_100 40 0 256 16 - -
-  _forward_kernel gfx942 48 0 0 32 61.1 -
-  _backward_kernel gfx942 88 0 16384 3 57.0 -
+  _forward_kernel sm_80 80 0 0 24 38.7 -
+  _backward_kernel sm_80 136 0 8192 1 50.7 -
+  _sum_partials_kernel sm_80 48 0 256 10 - -
+  _forward_kernel sm_90 80 0 0 24 39.1 -
+  _backward_kernel sm_90 136 0 8192 1 51.0 -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
+  _forward_kernel sm_100 72 0 0 28 35.3 -
+  _backward_kernel sm_100 136 0 8192 1 48.9 -
+  _sum_partials_kernel sm_100 40 0 256 12 - -
+  _forward_kernel gfx942 48 0 0 32 59.6 -
+  _backward_kernel gfx942 88 0 16384 2 55.7 -
   _sum_partials_kernel gfx942 40 0 256 8 - -
 dropout_add_layer_norm M16384-C768-bf16
-  _forward_kernel sm_90 48 0 8 24 29.2 -
-  _backward_kernel sm_90 136 0 8192 2 36.9 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _forward_kernel sm_90 48 0 8 20 29.2 -
+  _backward_kernel sm_90 136 0 8192 1 36.9 -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C1024-bf16-p0.2
-  _forward_kernel sm_90 48 0 8 24 37.0 -
-  _backward_kernel sm_90 136 0 8192 2 38.4 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _forward_kernel sm_90 56 0 8 18 35.9 -
+  _backward_kernel sm_90 136 0 8192 1 37.4 -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C4096-bf16-p0.2
-  _forward_kernel sm_90 56 0 32 5 37.3 -
-  _backward_kernel sm_90 136 0 8192 2 34.7 -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _forward_kernel sm_90 56 0 32 4 36.3 -
+  _backward_kernel sm_90 136 0 8192 1 33.6 -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 linear_act M16384-K384-N1536-bf16-relu
-  _activation_backward_kernel sm_80 104 0 4096 5 - -
-  _sum_partials_kernel sm_80 48 0 256 12 - -
-  _activation_backward_kernel sm_90 104 0 4096 5 - -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
-  _activation_backward_kernel sm_100 104 0 4096 5 - -
-  _sum_partials_kernel sm_100 40 0 256 16 - -
-  _activation_backward_kernel gfx942 80 0 4096 7 - -
+  _activation_backward_kernel sm_80 104 0 4096 4 - -
+  _sum_partials_kernel sm_80 48 0 256 10 - -
+  _activation_backward_kernel sm_90 104 0 4096 4 - -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
+  _activation_backward_kernel sm_100 104 0 4096 4 - -
+  _sum_partials_kernel sm_100 40 0 256 12 - -
+  _activation_backward_kernel gfx942 80 0 4096 6 - -
   _sum_partials_kernel gfx942 40 0 256 8 - -
 linear_act M16384-K768-N3072-bf16-gelu
   _linear_act_kernel sm_90 144 0 98304 1 - HGMMA
-  _activation_backward_kernel sm_90 136 0 4096 4 - -
-  _sum_partials_kernel sm_90 48 0 256 12 - -
+  _activation_backward_kernel sm_90 136 0 4096 3 - -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 cross_entropy M16384-V65-bf16
-  _cross_entropy_kernel sm_80 136 0 256 4 291.6 -
-  _reduce_losses_kernel sm_80 56 0 32 5 - -
-  _scale_kernel sm_80 40 0 0 16 - -
-  _cross_entropy_kernel sm_90 136 0 256 4 294.5 -
-  _reduce_losses_kernel sm_90 56 0 32 5 - -
-  _scale_kernel sm_90 40 0 0 16 - -
+  _cross_entropy_kernel sm_80 136 0 256 3 291.6 -
+  _reduce_losses_kernel sm_80 56 0 32 4 - -
+  _scale_kernel sm_80 40 0 0 12 - -
+  _cross_entropy_kernel sm_90 136 0 256 3 294.5 -
+  _reduce_losses_kernel sm_90 56 0 32 4 - -
+  _scale_kernel sm_90 40 0 0 12 - -
   _cross_entropy_kernel sm_100 112 0 256 4 287.2 -
-  _reduce_losses_kernel sm_100 56 0 32 5 - -
+  _reduce_losses_kernel sm_100 56 0 32 4 - -
   _scale_kernel sm_100 32 0 0 16 - -
-  _cross_entropy_kernel gfx942 72 0 128 8 305.2 -
+  _cross_entropy_kernel gfx942 72 0 128 7 305.2 -
   _reduce_losses_kernel gfx942 40 0 32 4 - -
   _scale_kernel gfx942 32 0 0 8 - -
 cross_entropy M16384-V50257-bf16
-  _cross_entropy_kernel sm_90 56 0 32 5 46.9 -
-  _reduce_losses_kernel sm_90 56 0 32 5 - -
-  _scale_kernel sm_90 40 0 0 16 - -
+  _cross_entropy_kernel sm_90 56 0 32 4 46.9 -
+  _reduce_losses_kernel sm_90 56 0 32 4 - -
+  _scale_kernel sm_90 40 0 0 12 - -
 linear_cross_entropy M16384-C384-V65-bf16
-  _cross_entropy_kernel sm_90 64 0 64 9 72.4 -
-  _reduce_losses_kernel sm_90 56 0 32 5 - -
-  _scale_kernel sm_90 40 0 0 16 - -
+  _cross_entropy_kernel sm_90 64 0 64 8 72.4 -
+  _reduce_losses_kernel sm_90 56 0 32 4 - -
+  _scale_kernel sm_90 40 0 0 12 - -
 linear_cross_entropy M16384-C768-V50257-bf16
-  _cross_entropy_kernel sm_90 48 0 32 6 37.5 -
-  _reduce_losses_kernel sm_90 56 0 32 5 - -
-  _scale_kernel sm_90 40 0 0 16 - -
+  _cross_entropy_kernel sm_90 48 0 32 5 37.5 -
+  _reduce_losses_kernel sm_90 56 0 32 4 - -
+  _scale_kernel sm_90 40 0 0 12 - -
 embed B64-T256-C384-V65-bf16-p0.2
-  _embed_kernel sm_80 40 0 0 16 26.6 -
-  _position_gradient_kernel sm_80 56 0 2048 10 - -
+  _embed_kernel sm_80 40 0 0 12 25.6 -
+  _position_gradient_kernel sm_80 56 0 2048 9 - -
   _token_gradient_one_hot_kernel sm_80 192 0 20992 2 - HMMA
-  _embed_kernel sm_90 48 0 0 12 27.0 -
-  _position_gradient_kernel sm_90 56 0 2048 10 - -
-  _token_gradient_one_hot_kernel sm_90 152 0 20992 3 - HGMMA
-  _embed_kernel sm_100 40 0 0 16 25.8 -
-  _position_gradient_kernel sm_100 56 0 2048 10 - -
-  _token_gradient_one_hot_kernel sm_100 136 0 12864 4 - UTCHMMA
-  _embed_kernel gfx942 40 0 0 8 35.5 -
+  _embed_kernel sm_90 40 0 0 12 26.6 -
+  _position_gradient_kernel sm_90 56 0 2048 9 - -
+  _token_gradient_one_hot_kernel sm_90 160 0 20992 3 - HGMMA
+  _embed_kernel sm_100 48 0 0 10 25.1 -
+  _position_gradient_kernel sm_100 56 0 2048 9 - -
+  _token_gradient_one_hot_kernel sm_100 136 0 12864 3 - UTCHMMA
+  _embed_kernel gfx942 40 0 0 8 34.0 -
   _position_gradient_kernel gfx942 48 0 2048 8 - -
-  _token_gradient_one_hot_kernel gfx942 136 0 8192 4 - v_mfma
+  _token_gradient_one_hot_kernel gfx942 136 0 8192 3 - v_mfma
 """)

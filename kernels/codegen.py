@@ -434,12 +434,11 @@ def _budget_lines(rows: Iterable[Row]) -> list[str]:
         # Registers come in units of 8; no thread has more than 255 (512 on gfx942).
         most = 512 if arch.startswith("gfx") else 255
         registers = min(most, max(-(-row["registers"] // 8) * 8 + 8 for row in group))
-        limits = (
-            registers,
-            max(row["spills"] for row in group),
-            max(row["shared"] for row in group),
-            min(row["occupancy"] for row in group),
-        )
+        shared = max(row["shared"] for row in group)
+        # As many programs as fit if the registers to spare were used.
+        spare, _ = occupancy(arch, max(row["warps"] for row in group), registers, shared)
+        programs = min(spare, *(row["occupancy"] for row in group))
+        limits = registers, max(row["spills"] for row in group), shared, programs
         elements = [row["per_element"] for row in group if row["per_element"] is not None]
         per_element = f"{1.1 * max(elements):.1f}" if elements else "-"
         opcodes = {opcode for row in group for opcode in row["tensor_core"]}
