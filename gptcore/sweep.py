@@ -378,7 +378,7 @@ def _read_result(run: Path) -> dict[str, Any] | None:
 
 
 def read_results(folder: Path, trials: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results there are, best first: furthest, then lowest validation loss; failed ones last.
+    """The results there are, lowest validation loss first, failed ones last.
 
     Returns: one dictionary a trial: trial, settings, step, val_loss, best_val_loss, val_accuracy,
         elapsed_s, error (None or words).
@@ -388,9 +388,7 @@ def read_results(folder: Path, trials: dict[str, dict[str, Any]]) -> list[dict[s
         result = _read_result(folder / "trials" / name)
         if result is not None:
             results.append({**dict.fromkeys(COLUMNS), **result, "settings": settings})
-    return sorted(
-        results, key=lambda r: (bool(r["error"]), -(r["step"] or 0), r["best_val_loss"] or math.inf)
-    )
+    return sorted(results, key=lambda r: (bool(r["error"]), r["best_val_loss"] or math.inf))
 
 
 def report(folder: Path, results: list[dict[str, Any]]) -> None:
