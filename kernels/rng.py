@@ -17,6 +17,9 @@ Activations (B, T, C): plane = 0, row = b * T + t, col = channel. b counts in th
 absent), so that ranks and micro-batches draw what the whole batch would.
 """
 
+import math
+import threading
+
 import numpy as np
 import torch
 
@@ -37,7 +40,7 @@ _SITES_PER_LAYER = 4
 PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
 
 _LOW32 = 0xFFFFFFFF
-_CHUNK_GROUPS = 8_192  # Philox calls whose temporaries, 64 KB each, stay in the L2 cache
+_CHUNK_GROUPS = 32_768  # Philox calls of one window: larger ones leave the cache
 
 
 def layer_site(layer: int, place: str) -> int:
@@ -179,7 +182,6 @@ def _keep_torch(key, site, planes, rows, groups, p):
 
 def _keep_numpy(key, site, planes, rows, groups, p):
     """`_keep_torch` for the CPU: numpy's uint64 loops take half the time of torch's int64."""
-    m0, m1 = map(np.uint64, PHILOX_MULTIPLIERS)
     w0, w1 = PHILOX_INCREMENTS
     seed, step = key.tolist()[:2]
     keys = [((seed + i * w0) & _LOW32, (step + i * w1) & _LOW32) for i in range(PHILOX_ROUNDS)]
@@ -191,30 +193,50 @@ def _keep_numpy(key, site, planes, rows, groups, p):
         c1 = rows[window[1], None].astype(np.uint64)
         c2 = planes[window[0], None, None].astype(np.uint64)
         c3 = np.full(1, site, dtype=np.uint64)
-        for k0, k1 in keys[:-1]:
-            product0, product1 = c0 * m0, c2 * m1
-            c0, c2 = _mix(product1, c1, k0), _mix(product0, c3, k1)
-            c1, c3 = _low(product1), _low(product0)
-        (k0, k1), product0, product1 = keys[-1], c0 * m0, c2 * m1
-        # Two words at a time: w0 | w1 << 32 and w2 | w3 << 32 are eight lanes in order.
-        lanes = np.empty((*piece.shape[:2], groups, 2), dtype=np.uint64)
-        np.bitwise_or(_mix(product1, c1, k0), product1 << np.uint64(32), out=lanes[..., 0])
-        np.bitwise_or(_mix(product0, c3, k1), product0 << np.uint64(32), out=lanes[..., 1])
+        lanes = _philox_lanes(c0, c1, c2, c3, keys, (*piece.shape[:2], groups))
         np.greater_equal(lanes.view(np.uint16).reshape(piece.shape), threshold, out=piece)
     return keep
 
 
-def _mix(product, low, k):
+_MULTIPLIER0, _MULTIPLIER1 = map(np.uint64, PHILOX_MULTIPLIERS)
+_32, _LOW = np.uint64(32), np.uint64(_LOW32)
+_workspace = threading.local()  # fresh memory would cost more than the arithmetic
+
+
+def _mix(product, low, k, out=None):
     """high word of product ^ low ^ k"""
-    mixed = (product >> np.uint64(32)) ^ low
+    mixed = np.bitwise_xor(np.right_shift(product, _32, out=out), low, out=out)
     mixed ^= np.uint64(k)
     return mixed
 
 
-def _low(product):
-    """low word of product, in place"""
-    product &= np.uint64(_LOW32)
-    return product
+def _philox_lanes(c0, c1, c2, c3, keys, shape):
+    """Words w0 | w1 << 32 and w2 | w3 << 32 of `shape`, (*shape, 2): eight 16-bit lanes in order.
+
+    The result is overwritten by the next call in this thread.
+    """
+    size = math.prod(shape)
+    if getattr(_workspace, "size", 0) < size:
+        _workspace.size, _workspace.buffers = size, np.empty((8, size), dtype=np.uint64)
+    x0, x2, *spare = (buffer[:size].reshape(shape) for buffer in _workspace.buffers[:6])
+    lanes = _workspace.buffers[6:].reshape(-1)[: 2 * size].reshape(*shape, 2)
+    for k0, k1 in keys[:2]:  # in two rounds the words come to depend on every axis
+        product0, product1 = c0 * _MULTIPLIER0, c2 * _MULTIPLIER1
+        c0, c2 = _mix(product1, c1, k0), _mix(product0, c3, k1)
+        c1, c3 = product1 & _LOW, product0 & _LOW
+    for k0, k1 in keys[2:]:
+        product0, product1 = spare[:2]
+        np.multiply(c0, _MULTIPLIER0, out=product0)
+        np.multiply(c2, _MULTIPLIER1, out=product1)
+        c0, c2 = _mix(product1, c1, k0, x0), _mix(product0, c3, k1, x2)
+        product0 &= _LOW
+        product1 &= _LOW
+        c1, c3 = product1, product0
+        spare = spare[2:] + spare[:2]
+    for half, high, low in ((0, c0, c1), (1, c2, c3)):
+        low <<= _32
+        np.bitwise_or(high, low, out=lanes[..., half])
+    return lanes
 
 
 def random_integers(key: torch.Tensor, site: int, rows: range, high: int) -> torch.Tensor:
