@@ -401,10 +401,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "n_embd": 128,
         "dropout": 0.0,
-        "max_iters": 1000,  # 1,024,000 tokens reach 1.878
+        "activation": "relu2",  # cheaper than GELU on a CPU, and no worse
+        "max_iters": 880,
         "learning_rate": 4e-3,
         "min_lr": 0.0,
-        "eval_interval": 500,
+        "eval_interval": 440,
         "eval_iters": 20,
     },
 }

@@ -52,8 +52,9 @@ def _transforming():
     return torch._C._are_functorch_transforms_active()
 
 
-# Up to here the plain form is one block anyway, and autograd in C++ beats ours in Python.
-_SMALL = 1 << 16  # probabilities
+# Up to here the plain form fits the cache, and autograd in C++ beats ours in Python: 16x4x64x32
+# takes 3.2 ms forward and backward, in blocks 4.6, on 2 cores.
+_SMALL = 1 << 18  # probabilities
 
 
 def _small_or_inference(q, k, v, key, scale, dropout_p, site):

@@ -275,7 +275,7 @@ SHAPES = {
         quick=("B1-H2-T33-D16-p0.2", "B1-H1-T17-D85-scale0.05", "B1-H1-T3-Tk40-D8-p0.5"),
         full=(
             "B2-H2-T65-D16-p0.2",
-            "B2-H4-T100-D16-p0.2",  # on the CPU more than one block
+            "B1-H2-T370-D16-p0.2",  # on the CPU more than one block
             *("B0-H2-T8-D8", "B1-H1-T1-D1", "B1-H1-T1-Tk77-D64", "B1-H2-T64-D64-p0.2"),
             *("B1-H1-T63-D128", "B1-H1-T129-D85-p0.2", "B1-H1-T17-D256-p0.1"),
         ),
@@ -288,7 +288,7 @@ SHAPES = {
     "causal_attention_qkv": Shapes(
         attention_qkv,
         quick=("B1-T19-H3-D16-p0.2",),
-        full=("B0-T8-H2-D8", "B2-T100-H4-D16-p0.2", "B1-T65-H2-D64", "B2-T31-H6-D85-p0.2"),
+        full=("B0-T8-H2-D8", "B1-T370-H2-D16-p0.2", "B1-T65-H2-D64", "B2-T31-H6-D85-p0.2"),
         large=("B8-T256-H6-D64-p0.2", "B2-T1024-H12-D64"),
         draw=lambda r: (
             f"B{r.randint(1, 2)}-T{r.randint(9, 40)}-H{r.randint(1, 2)}-D{r.randint(1, 48)}"
