@@ -389,8 +389,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "learning_rate": 5e-3,
         "min_lr": 0.0,
-        "max_iters": 1500,
-        "eval_interval": 250,
+        "max_iters": 750,
+        "eval_interval": 150,
         "eval_iters": 4,
     },
     "cpu": {

@@ -388,7 +388,7 @@ def read_results(folder: Path, trials: dict[str, dict[str, Any]]) -> list[dict[s
         result = _read_result(folder / "trials" / name)
         if result is not None:
             results.append({**dict.fromkeys(COLUMNS), **result, "settings": settings})
-    return sorted(results, key=lambda r: (bool(r["error"]), r["best_val_loss"] or math.inf))
+    return sorted(results, key=lambda r: math.inf if r["error"] else r["best_val_loss"])
 
 
 def report(folder: Path, results: list[dict[str, Any]]) -> None:
