@@ -117,8 +117,9 @@ def gptcore_run(options: Options, seed: int) -> Run:
                     if evaluation["val_loss"] <= target:
                         break
             finally:
+                ended = process.poll() is not None
                 _stop(process)
-            if not curve and process.returncode > 0:
+            if not curve and ended and process.returncode > 0:
                 log.seek(0)
                 said = log.read().strip().splitlines()[-1:]
                 raise RunError(f"time_to_loss: train.py must run; got {' '.join(said)}")

@@ -18,7 +18,7 @@ from kernels.rng import dropout_keep_mask, dropout_scale
 from kernels.threads import for_each
 
 _BLOCK_QUERIES = 64
-_BLOCK_ELEMENTS = 1 << 19  # probabilities in one block, 2 MB of float32
+_BLOCK_ELEMENTS = 1 << 18  # probabilities in one block, 1 MB of float32
 
 
 def _chunks(B, H, Tq, Tk):
