@@ -37,9 +37,10 @@ def lr_range(arguments) -> int:
         if name in settings.given:
             raise ConfigError(f"lr_range sets {name} itself; leave --{name} out")
     settings.given.update(schedule="exponential", min_lr=start, learning_rate=end, max_iters=steps)
-    settings.given.setdefault("out_dir", str(_free_folder()))
+    folder = Path(settings.given.setdefault("out_dir", str(_free_folder())))
+    if folder.exists():
+        raise ConfigError(f"lr_range: folder {folder} exists; give another --out_dir")
     rates, losses = measure(settings)
-    folder = Path(settings.given["out_dir"])
     smooth = smoothed(losses)
     with open(folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -105,6 +105,9 @@ class Worker:
         if line:
             return json.loads(line)
         status, self.process = process.wait(), None
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         error = f"its process ended with status {status}; see {self.log}"
         return {"error": error, "bad_input": False}
 
@@ -129,9 +132,9 @@ class Worker:
             self.stopped = True
             process, self.process = self.process, None
         if process is not None:
+            process.stdin.close()  # ends it between trials, the signal during one
             process.send_signal(signal.SIGINT)
             process.wait()
-            process.stdin.close()
             process.stdout.close()
 
 

@@ -284,12 +284,9 @@ def test_a_worker_that_dies_is_a_failed_trial(tmp_path):
     worker.process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    process = worker.process
     result = worker.run({"preset": "baby-cpu"})
     assert "its process ended with status 3" in result["error"] and not result["bad_input"]
     assert worker.process is None
-    process.stdin.close()
-    process.stdout.close()
     worker.stop()
     with pytest.raises(KeyboardInterrupt):
         worker.run({})
@@ -350,6 +347,8 @@ def test_range_test_from_end_to_end(tiny_flags, tmp_path, capsys):
     suggested = float(out.split("--learning_rate ")[1].split(",")[0])
     assert 1e-5 < suggested < 1
     assert (folder / "lr_range.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["lr_range", *flags]) == 2
+    assert f"folder {folder} exists; give another --out_dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
