@@ -129,7 +129,7 @@ def prepare(settings: Settings) -> Run:
     if origin is not None:
         print(f"from    {origin.folder}: {finetune.initialise(model, tokenizer, origin)}")
         if "learning_rate" not in settings.given:
-            print(f"        learning rate {config.learning_rate:g}, a tenth of the preset's")
+            print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
     finetune.freeze(model, config.freeze)
     optimizer = make_optimizer(model, config)
     counters = {} if checkpoint is None else _restore(checkpoint, model, optimizer)
