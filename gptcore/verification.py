@@ -65,7 +65,7 @@ def joined(results: Tensors, reference: Tensors) -> Tensors:
     A single parameter of this size has too few numbers for its error to be a statistic.
     """
     names = [name for name in results if name not in ("logits", "loss")]
-    scaled = [(results[n] / reference[n].abs().max()).flatten() for n in names]
+    scaled = [(results[n] / (reference[n].abs().max().item() or 1.0)).flatten() for n in names]
     logits, gradient = results["logits"], torch.cat(scaled).to(results[names[0]].dtype)
     return {"logits": logits, "loss": results["loss"].to(logits), "gradient": gradient}
 
