@@ -402,10 +402,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_embd": 128,
         "dropout": 0.0,
         "activation": "relu2",  # cheaper than GELU on a CPU, and no worse
-        "max_iters": 880,
+        "max_iters": 950,
         "learning_rate": 4e-3,
         "min_lr": 0.0,
-        "eval_interval": 440,
+        "eval_interval": 475,
         "eval_iters": 20,
     },
 }
