@@ -2,7 +2,7 @@
 
 import sys
 
-from gptcore.config import parse_settings, run_command
+from gptcore.flags import parse_settings, run_command
 
 
 def main(argv: list[str] | None = None) -> int:

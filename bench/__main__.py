@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptcore.config import ConfigError, Parser, run_command
+from gptcore.config import ConfigError
+from gptcore.flags import Parser, run_command
 
 QUESTIONS = {  # name -> share of the time that all of them get
     "attention": 70,

@@ -20,7 +20,9 @@ import torch
 from bench import models
 from bench.harness import OURS, Case, Check, Contestant, Options, Work
 from bench.work import matrix_weights, parameters
-from gptcore.config import PRESETS, GPTConfig, split_fields
+from gptcore.config import GPTConfig
+from gptcore.flags import split_fields
+from gptcore.presets import PRESETS
 
 PROMPT = 16
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from bench import record as recording
 from bench import render
 from bench.work import attention_products, matrix_weights, parameters
-from gptcore.config import PRESETS, ConfigError, GPTConfig, split_fields
+from gptcore.config import ConfigError, GPTConfig
+from gptcore.flags import split_fields
+from gptcore.presets import PRESETS
 from kernels.gpus import GPU, GPUS
 
 VOCABULARY = {"char": 65, "bytes": 256, "gpt2": 50257}

@@ -30,7 +30,8 @@ from bench.harness import OURS, Case, Check, Contestant, Options, Work, check_te
 from bench.timing import SelfTimed
 from bench.work import ADAMW_BYTES, parameters, step_flops
 from bench.worker import Worker
-from gptcore.config import GPTConfig, Settings, TrainConfig
+from gptcore.config import GPTConfig, TrainConfig
+from gptcore.flags import Settings
 from kernels.rng import make_key
 
 CORPUS_VOCABULARY = 65

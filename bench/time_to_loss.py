@@ -33,7 +33,8 @@ from typing import Any
 from bench import render
 from bench.harness import OURS, Options, Skip
 from bench.record import ROOT
-from gptcore.config import PRESETS, ConfigError, RunError
+from gptcore.config import ConfigError, RunError
+from gptcore.presets import PRESETS
 
 NANOGPT_CPU_LOSS = 1.8857  # nanoGPT's CPU recipe after its 2,000 steps, exact validation loss
 NOTEBOOK_LOSS = 1.4804  # the best validation loss of the seeds' notebook

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from gptcore import lr_range, sweep
-from gptcore.config import ConfigError, Parser, run_command
+from gptcore.config import ConfigError
+from gptcore.flags import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

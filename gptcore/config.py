@@ -1,23 +1,16 @@
-"""What a model and a run are: frozen dataclasses, their validation, the presets and the flags.
+"""What a model and a run are: frozen dataclasses and their validation.
 
-Every field of GPTConfig and TrainConfig is a flag and a TOML key. A run's settings are found so:
-
-    defaults  <  --preset  <  --config FILE.toml  <  flags
-
-Nothing here imports torch, so that `--help` and a mistyped flag answer at once.
+Every field is a flag and a TOML key (gptcore.flags). Nothing here imports torch.
 """
 
-import argparse
 import dataclasses
 import difflib
 import json
 import math
-import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "relu2", "gelu_erf")
@@ -223,7 +216,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check_field(field, getattr(self, field.name))
+            check_field(field, getattr(self, field.name))
         if self.schedule not in ("constant", "onecycle") and self.min_lr > self.learning_rate:
             raise ConfigError(
                 f"min_lr must be at most learning_rate, {self.learning_rate}; got {self.min_lr}"
@@ -248,21 +241,21 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
 
-def _check_field(field: dataclasses.Field, value) -> None:
+def check_field(field: dataclasses.Field, value) -> None:
     """Hold `value` against the type and the rule of `field`."""
-    kinds = _kinds(field)
+    kinds = kinds_of(field)
     if value is None and types.NoneType in kinds:
         return
     numeric = float in kinds and type(value) is int
     if type(value) not in kinds and not numeric:
-        raise ConfigError(f"{field.name} must be {_kind_name(kinds)}; got {value!r}")
+        raise ConfigError(f"{field.name} must be {kind_name(kinds)}; got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name} must be finite; got {value!r}")
     rule = field.metadata
     if "choices" in rule and value not in rule["choices"]:
         raise ConfigError(
             f"{field.name} must be one of {', '.join(rule['choices'])}; got {value!r}"
-            + _suggestion(str(value), rule["choices"])
+            + suggestion(str(value), rule["choices"])
         )
     for name, holds, words in (
         ("least", lambda a, b: a >= b, "at least"),
@@ -273,353 +266,25 @@ def _check_field(field: dataclasses.Field, value) -> None:
             raise ConfigError(f"{field.name} must be {words} {rule[name]}; got {value!r}")
 
 
-def _kinds(field: dataclasses.Field) -> tuple[type, ...]:
+def kinds_of(field: dataclasses.Field) -> tuple[type, ...]:
     return typing.get_args(field.type) or (field.type,)
 
 
-def _kind_name(kinds: tuple[type, ...]) -> str:
+def kind_name(kinds: tuple[type, ...]) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return next(names[kind] for kind in kinds if kind in names)
 
 
-def _suggestion(word: str, known: Sequence[str]) -> str:
+def suggestion(word: str, known: Sequence[str]) -> str:
     """ "; did you mean X?" if some known word is near, else nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-# The notebook's model and training are the defaults of both dataclasses.
-_NOTEBOOK = {"decay_params": "all"}
-_NANOGPT = {
-    "attention_scale": "head_size",
-    "activation": "gelu",
-    "bias": False,
-    "head_bias": False,
-    "tied_head": True,
-    "embedding_dropout": True,
-    "init": "gpt2",
-    "learning_rate": 1e-3,
-    "min_lr": 1e-4,
-    "schedule": "cosine",
-    "warmup_iters": 100,
-    "beta2": 0.99,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "notebook": _NOTEBOOK,
-    "bigram": {  # the notebook's first model
-        **_NOTEBOOK,
-        "model": "bigram",
-        "batch_size": 4,
-        "block_size": 8,
-        "learning_rate": 1e-3,
-        "max_iters": 10_000,
-        "eval_interval": 500,
-        "log_interval": 100,
-    },
-    "baby-cpu": {  # the second seed's table: d_k is head_size, Nx is n_layer, h is n_head
-        **_NOTEBOOK,
-        "batch_size": 16,
-        "block_size": 8,
-        "n_embd": 16,
-        "head_size": 4,
-        "n_layer": 2,
-        "n_head": 2,
-        "dropout": 0.2,
-        "learning_rate": 5e-3,
-        "max_iters": 10_000,
-        "eval_interval": 500,
-        "eval_iters": 100,
-        "log_interval": 100,
-    },
-    "baby-gpu": {
-        **_NOTEBOOK,
-        "batch_size": 64,
-        "block_size": 256,
-        "n_embd": 512,
-        "head_size": 16,
-        "n_layer": 6,
-        "n_head": 6,
-        "dropout": 0.2,
-        "learning_rate": 1e-3,
-        "max_iters": 10_000,
-        "eval_interval": 500,
-    },
-    "nanogpt-char": {**_NANOGPT, "eval_interval": 250},
-    "nanogpt-cpu": {
-        **_NANOGPT,
-        "block_size": 64,
-        "batch_size": 12,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": 128,
-        "dropout": 0.0,
-        "max_iters": 2000,
-        "eval_interval": 250,
-        "eval_iters": 20,
-    },
-    "gpt2-124m": {
-        **_NANOGPT,
-        "tokenizer": "gpt2",
-        "vocab_multiple": 64,  # 50257 -> 50304
-        "block_size": 1024,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_embd": 768,
-        "qkv_bias": True,
-        "bias": True,
-        "dropout": 0.0,
-        "batch_size": 12,
-        "gradient_accumulation_steps": 40,
-        "learning_rate": 6e-4,
-        "min_lr": 6e-5,
-        "warmup_iters": 2000,
-        "max_iters": 600_000,
-        "beta2": 0.95,
-        "eval_interval": 1000,
-    },
-    "add": {  # two-digit addition
-        **_NANOGPT,
-        "data": "add",
-        "batch_size": 256,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_embd": 64,
-        "dropout": 0.0,
-        "learning_rate": 5e-3,
-        "min_lr": 0.0,
-        "max_iters": 750,
-        "eval_interval": 150,
-        "eval_iters": 4,
-    },
-    "cpu": {
-        **_NANOGPT,
-        "block_size": 64,
-        "batch_size": 16,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": 128,
-        "dropout": 0.0,
-        "activation": "relu2",  # cheaper than GELU on a CPU, and no worse
-        "max_iters": 950,
-        "learning_rate": 4e-3,
-        "min_lr": 0.0,
-        "eval_interval": 475,
-        "eval_iters": 20,
-    },
-}
-
-
-def _model_fields() -> tuple[dataclasses.Field, ...]:
-    """GPTConfig's fields that are settings; vocab_size follows from the tokenizer."""
-    return tuple(f for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size")
-
-
-FIELDS: dict[str, dataclasses.Field] = {
-    field.name: field for field in (*dataclasses.fields(TrainConfig), *_model_fields())
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for: a preset's name and the fields given on top of it."""
-
-    preset: str
-    given: dict[str, Any]
-
-    def merged(self, device_type: str = "cpu") -> tuple[TrainConfig, dict[str, Any]]:
-        """TrainConfig, and the fields of GPTConfig that are not its defaults.
-
-        Raises: ConfigError.
-        """
-        values = {**PRESETS[self.resolved_preset(device_type)], **self.given}
-        train, model = split_fields(values)
-        GPTConfig(**model)  # refuse an impossible model before any data is read
-        return TrainConfig(**train), model
-
-    def resolved_preset(self, device_type: str) -> str:
-        """The preset's name, "auto" replaced by what it means on this kind of device."""
-        if self.preset != "auto":
-            return self.preset
-        return "notebook" if device_type == "cuda" else "cpu"
-
-
-def split_fields(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One dictionary of fields -> (those of TrainConfig, those of GPTConfig)."""
-    train = {field.name for field in dataclasses.fields(TrainConfig)}
-    return (
-        {name: value for name, value in values.items() if name in train},
-        {name: value for name, value in values.items() if name not in train},
-    )
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, - and _ alike in flags, and the nearest flag suggested."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's, but `--max-iters` is `--max_iters`.
-
-        Raises: ConfigError on bad arguments.
-        """
-        args = [_underscored(arg) for arg in (sys.argv[1:] if args is None else args)]
-        namespace, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            word = unknown[0].split("=")[0]
-            flags = list(_flags(self))
-            kind = "flag" if word.startswith("-") else "argument"
-            raise ConfigError(
-                f"unknown {kind} {word}" + (_suggestion(word, flags) or f"; see {self.prog} --help")
-            )
-        return namespace
-
-
-def _flags(parser: argparse.ArgumentParser):
-    """Every flag of `parser` and of its commands."""
-    for action in parser._actions:
-        yield from action.option_strings
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _flags(command)
-
-
-def _underscored(arg: str) -> str:
-    if not arg.startswith("--") or arg == "--":
-        return arg
-    name, equals, value = arg[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
-
-
-def from_text(field: dataclasses.Field) -> Callable[[str], Any]:
-    """Reads a flag's text as a value of the type of `field`."""
-    kinds = _kinds(field)
-
-    def read(text: str):
-        if text.lower() == "none" and types.NoneType in kinds:
-            return None
-        if bool in kinds and text.lower() in ("true", "false", "1", "0", "yes", "no"):
-            return text.lower() in ("true", "1", "yes")
-        for kind in kinds:
-            if kind in (int, float):
-                try:
-                    return kind(text)
-                except ValueError:
-                    break
-            if kind is str:
-                return text
-        # argparse swallows ValueErrors but shows the text of this one.
-        raise argparse.ArgumentTypeError(f"must be {_kind_name(kinds)}; got {text!r}")
-
-    return read
-
-
-def parse_settings(argv: Sequence[str] | None = None, prog: str = "train.py") -> Settings:
-    """Read the flags of training and the TOML file they may name.
-
-    Raises: ConfigError on unknown flags, keys, presets or values of the wrong type.
-    """
-    parser = Parser(prog=prog, description="Train a GPT on a text.")
-    add_training_flags(parser)
-    return take_settings(vars(parser.parse_args(argv)))
-
-
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the flags of training; those not given leave no trace in the namespace."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = "%(prog)s [--FLAG VALUE ...]"
-    parser.epilog = "presets: auto, " + ", ".join(PRESETS)
-    parser.add_argument("--preset", default=None, help="where the settings start; default auto")
-    parser.add_argument("--config", default=None, metavar="FILE.toml", help="settings, one a line")
-    groups = (
-        ("run", dataclasses.fields(TrainConfig), lambda field: field.metadata["help"]),
-        ("model", _model_fields(), lambda field: MODEL_HELP[field.name]),
-    )
-    for title, fields, help_of in groups:
-        group = parser.add_argument_group(title)
-        for field in fields:
-            optional = {"nargs": "?", "const": True} if bool in _kinds(field) else {}
-            default = "" if field.default is None else f" [{field.default}]"
-            group.add_argument(
-                f"--{field.name}",
-                type=from_text(field),
-                default=argparse.SUPPRESS,
-                metavar="X",
-                help=(help_of(field) + default).replace("%", "%%"),
-                **optional,
-            )
-
-
-def take_settings(arguments: dict[str, Any]) -> Settings:
-    """The settings in parsed arguments that `add_training_flags` described; others are ignored.
-
-    Raises: ConfigError on an unknown preset, or unknown keys and values in the TOML file.
-    """
-    given = {name: value for name, value in arguments.items() if name in FIELDS}
-    preset, file = arguments["preset"], arguments["config"]
-    from_file = read_toml(file) if file is not None else {}
-    preset = preset or from_file.pop("preset", "auto")
-    from_file.pop("preset", None)
-    if preset not in ("auto", *PRESETS):
-        raise ConfigError(
-            f"unknown preset {preset!r}"
-            + (_suggestion(str(preset), list(PRESETS)) or f"; presets: auto, {', '.join(PRESETS)}")
-        )
-    return Settings(preset, {**from_file, **given})
-
-
-def read_toml(path: str) -> dict[str, Any]:
-    """The settings in a TOML file: flat, keys as the flags, and optionally `preset`.
-
-    Raises: ConfigError if it is missing, not TOML, or has unknown keys.
-    """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not TOML: {error}") from error
-    values = {key.replace("-", "_"): value for key, value in raw.items()}
-    for key, value in values.items():
-        if key == "preset":
-            continue
-        if key not in FIELDS:
-            raise ConfigError(
-                f"unknown key {key!r} in {path}"
-                + (_suggestion(key, list(FIELDS)) or "; its keys are train.py's flags")
-            )
-        if FIELDS[key] in _model_fields():
-            _check_field(FIELDS[key], value)
-    return values
 
 
 def to_json(train: TrainConfig, model: GPTConfig, **more) -> str:
     """config.json of a run or checkpoint."""
     content = {"train": dataclasses.asdict(train), "model": dataclasses.asdict(model), **more}
     return json.dumps(content, indent=2) + "\n"
-
-
-def run_command(command: Callable[[], int]) -> int:
-    """The exit code of a command line; what a user can mend is one line on stderr."""
-    try:
-        return command()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, BrokenPipeError):
-        return 1
 
 
 def read_saved(content: Any, where: str) -> tuple[TrainConfig, GPTConfig]:
@@ -635,7 +300,7 @@ def read_saved(content: Any, where: str) -> tuple[TrainConfig, GPTConfig]:
     fields = {field.name: field for field in dataclasses.fields(GPTConfig)}
     for name, value in model.items():
         if name in fields:
-            _check_field(fields[name], value)
+            check_field(fields[name], value)
     try:
         return TrainConfig(**train), GPTConfig(**model)
     except TypeError as error:

@@ -10,7 +10,8 @@ import csv
 import math
 from pathlib import Path
 
-from gptcore.config import ConfigError, Parser, RunError, add_training_flags, take_settings
+from gptcore.config import ConfigError, RunError
+from gptcore.flags import Parser, add_training_flags, take_settings
 
 DIVERGED = 4.0  # stop when the smoothed loss is this many times the lowest, above it
 SMOOTHING = 0.9  # of the exponential average

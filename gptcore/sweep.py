@@ -27,16 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import (
-    FIELDS,
-    ConfigError,
-    Parser,
-    RunError,
-    Settings,
-    add_training_flags,
-    from_text,
-    take_settings,
-)
+from gptcore.config import ConfigError, RunError
+from gptcore.flags import FIELDS, Parser, Settings, add_training_flags, from_text, take_settings
 from gptcore.pool import Pool, terminate_as_interrupt
 
 NOT_SWEPT = ("out_dir", "resume", "log")

@@ -22,16 +22,9 @@ from tqdm import tqdm
 
 from gptcore import finetune, machine
 from gptcore.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from gptcore.config import (
-    ConfigError,
-    GPTConfig,
-    RunError,
-    Settings,
-    TrainConfig,
-    split_fields,
-    to_json,
-)
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import Corpus, load_text
+from gptcore.flags import Settings, split_fields
 from gptcore.generation import generate
 from gptcore.log import Log, announce, resume_command, trim_metrics
 from gptcore.model import build_model

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from gptcore.config import ConfigError, RunError, Settings
+from gptcore.config import ConfigError, RunError
+from gptcore.flags import Settings
 from gptcore.log import read_metrics
 from gptcore.trainer import train
 

@@ -59,7 +59,7 @@ def two_threads_at_most():
 @pytest.fixture
 def prepared(tiny_flags, tmp_path):
     """prepare(flags) -> a Run of the tiny settings."""
-    from gptcore.config import parse_settings
+    from gptcore.flags import parse_settings
     from gptcore.trainer import prepare
 
     count = iter(range(100))

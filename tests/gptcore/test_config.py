@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 
 from gptcore.config import (
-    FIELDS,
     MODEL_HELP,
     MODEL_NAMES,
-    PRESETS,
     ConfigError,
     GPTConfig,
     TrainConfig,
-    parse_settings,
     read_saved,
     to_json,
 )
+from gptcore.flags import FIELDS, parse_settings
+from gptcore.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from gptcore import trackers
 from gptcore.checkpoint import open_checkpoint
-from gptcore.config import ConfigError, parse_settings
+from gptcore.config import ConfigError
 from gptcore.finetune import freeze
+from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
 from gptcore.model import GPT
 from gptcore.trainer import prepare, train

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from gptcore.config import ConfigError, TrainConfig, parse_settings
+from gptcore.config import ConfigError, TrainConfig
+from gptcore.flags import parse_settings
 from gptcore.optim import apply_schedule, learning_rate, make_optimizer, momentum
 from gptcore.trainer import train
 

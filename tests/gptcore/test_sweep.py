@@ -16,7 +16,8 @@ import pytest
 
 from gptcore import lr_range
 from gptcore.__main__ import main
-from gptcore.config import ConfigError, RunError, Settings, parse_settings
+from gptcore.config import ConfigError, RunError
+from gptcore.flags import Settings, parse_settings
 from gptcore.log import read_metrics
 from gptcore.pool import Pool, Worker
 from gptcore.sweep import Plan, draw, read_results, trial_name

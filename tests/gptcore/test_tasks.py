@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gptcore.__main__ import main
-from gptcore.config import ConfigError, TrainConfig, parse_settings
+from gptcore.config import ConfigError, TrainConfig
+from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
 from gptcore.tasks import IGNORED, Arithmetic, task_of
 from gptcore.trainer import evaluate, prepare, train

@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from gptcore import trainer
 from gptcore.checkpoint import open_checkpoint
-from gptcore.config import ConfigError, RunError, TrainConfig, parse_settings
+from gptcore.config import ConfigError, RunError, TrainConfig
 from gptcore.data import BatchStream
+from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
 from gptcore.optim import learning_rate, parameter_groups
 from gptcore.trainer import evaluate, evaluate_exactly, prepare, training_step

@@ -1,0 +1,235 @@
+"""How settings are given: flags, a TOML file, a preset.
+
+Every field of GPTConfig and TrainConfig is a flag and a TOML key. A run's settings are found so:
+
+    defaults  <  --preset  <  --config FILE.toml  <  flags
+
+Nothing here imports torch, so that `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import (
+    MODEL_HELP,
+    ConfigError,
+    GPTConfig,
+    RunError,
+    TrainConfig,
+    check_field,
+    kind_name,
+    kinds_of,
+    suggestion,
+)
+from gptcore.presets import PRESETS
+
+
+def _model_fields() -> tuple[dataclasses.Field, ...]:
+    """GPTConfig's fields that are settings; vocab_size follows from the tokenizer."""
+    return tuple(f for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size")
+
+
+FIELDS: dict[str, dataclasses.Field] = {
+    field.name: field for field in (*dataclasses.fields(TrainConfig), *_model_fields())
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for: a preset's name and the fields given on top of it."""
+
+    preset: str
+    given: dict[str, Any]
+
+    def merged(self, device_type: str = "cpu") -> tuple[TrainConfig, dict[str, Any]]:
+        """TrainConfig, and the fields of GPTConfig that are not its defaults.
+
+        Raises: ConfigError.
+        """
+        values = {**PRESETS[self.resolved_preset(device_type)], **self.given}
+        train, model = split_fields(values)
+        GPTConfig(**model)  # refuse an impossible model before any data is read
+        return TrainConfig(**train), model
+
+    def resolved_preset(self, device_type: str) -> str:
+        """The preset's name, "auto" replaced by what it means on this kind of device."""
+        if self.preset != "auto":
+            return self.preset
+        return "notebook" if device_type == "cuda" else "cpu"
+
+
+def split_fields(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One dictionary of fields -> (those of TrainConfig, those of GPTConfig)."""
+    train = {field.name for field in dataclasses.fields(TrainConfig)}
+    return (
+        {name: value for name, value in values.items() if name in train},
+        {name: value for name, value in values.items() if name not in train},
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, - and _ alike in flags, and the nearest flag suggested."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but `--max-iters` is `--max_iters`.
+
+        Raises: ConfigError on bad arguments.
+        """
+        args = [_underscored(arg) for arg in (sys.argv[1:] if args is None else args)]
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            flags = list(_flags(self))
+            kind = "flag" if word.startswith("-") else "argument"
+            raise ConfigError(
+                f"unknown {kind} {word}" + (suggestion(word, flags) or f"; see {self.prog} --help")
+            )
+        return namespace
+
+
+def _flags(parser: argparse.ArgumentParser):
+    """Every flag of `parser` and of its commands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _flags(command)
+
+
+def _underscored(arg: str) -> str:
+    if not arg.startswith("--") or arg == "--":
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def from_text(field: dataclasses.Field) -> Callable[[str], Any]:
+    """Reads a flag's text as a value of the type of `field`."""
+    kinds = kinds_of(field)
+
+    def read(text: str):
+        if text.lower() == "none" and types.NoneType in kinds:
+            return None
+        if bool in kinds and text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        for kind in kinds:
+            if kind in (int, float):
+                try:
+                    return kind(text)
+                except ValueError:
+                    break
+            if kind is str:
+                return text
+        # argparse swallows ValueErrors but shows the text of this one.
+        raise argparse.ArgumentTypeError(f"must be {kind_name(kinds)}; got {text!r}")
+
+    return read
+
+
+def parse_settings(argv: Sequence[str] | None = None, prog: str = "train.py") -> Settings:
+    """Read the flags of training and the TOML file they may name.
+
+    Raises: ConfigError on unknown flags, keys, presets or values of the wrong type.
+    """
+    parser = Parser(prog=prog, description="Train a GPT on a text.")
+    add_training_flags(parser)
+    return take_settings(vars(parser.parse_args(argv)))
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the flags of training; those not given leave no trace in the namespace."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s [--FLAG VALUE ...]"
+    parser.epilog = "presets: auto, " + ", ".join(PRESETS)
+    parser.add_argument("--preset", default=None, help="where the settings start; default auto")
+    parser.add_argument("--config", default=None, metavar="FILE.toml", help="settings, one a line")
+    groups = (
+        ("run", dataclasses.fields(TrainConfig), lambda field: field.metadata["help"]),
+        ("model", _model_fields(), lambda field: MODEL_HELP[field.name]),
+    )
+    for title, fields, help_of in groups:
+        group = parser.add_argument_group(title)
+        for field in fields:
+            optional = {"nargs": "?", "const": True} if bool in kinds_of(field) else {}
+            default = "" if field.default is None else f" [{field.default}]"
+            group.add_argument(
+                f"--{field.name}",
+                type=from_text(field),
+                default=argparse.SUPPRESS,
+                metavar="X",
+                help=(help_of(field) + default).replace("%", "%%"),
+                **optional,
+            )
+
+
+def take_settings(arguments: dict[str, Any]) -> Settings:
+    """The settings in parsed arguments that `add_training_flags` described; others are ignored.
+
+    Raises: ConfigError on an unknown preset, or unknown keys and values in the TOML file.
+    """
+    given = {name: value for name, value in arguments.items() if name in FIELDS}
+    preset, file = arguments["preset"], arguments["config"]
+    from_file = read_toml(file) if file is not None else {}
+    preset = preset or from_file.pop("preset", "auto")
+    from_file.pop("preset", None)
+    if preset not in ("auto", *PRESETS):
+        raise ConfigError(
+            f"unknown preset {preset!r}"
+            + (suggestion(str(preset), list(PRESETS)) or f"; presets: auto, {', '.join(PRESETS)}")
+        )
+    return Settings(preset, {**from_file, **given})
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The settings in a TOML file: flat, keys as the flags, and optionally `preset`.
+
+    Raises: ConfigError if it is missing, not TOML, or has unknown keys.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}") from error
+    values = {key.replace("-", "_"): value for key, value in raw.items()}
+    for key, value in values.items():
+        if key == "preset":
+            continue
+        if key not in FIELDS:
+            raise ConfigError(
+                f"unknown key {key!r} in {path}"
+                + (suggestion(key, list(FIELDS)) or "; its keys are train.py's flags")
+            )
+        if FIELDS[key] in _model_fields():
+            check_field(FIELDS[key], value)
+    return values
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """The exit code of a command line; what a user can mend is one line on stderr."""
+    try:
+        return command()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 1
