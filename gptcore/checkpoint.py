@@ -92,17 +92,23 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, tokenizer: Tokenizer, config_json: str, state: dict[str, Any]
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    config_json: str,
+    state: dict[str, Any],
 ) -> None:
     """Write a checkpoint; until it is whole, the one before it stays.
 
+    Args:
+        weights: `named_weights` of a model, none of them in pieces (gptcore.distributed).
     Raises: OSError if the disk refuses; the checkpoint before is then untouched.
     """
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        weights = {name: weight.detach() for name, weight in named_weights(model).items()}
+        weights = {name: weight.detach() for name, weight in weights.items()}
         save_file(weights, new / "model.safetensors")
         torch.save(state, new / "state.pt")
         (new / "config.json").write_text(config_json, encoding="utf-8")

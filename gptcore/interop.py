@@ -347,7 +347,7 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
         overrides: fields of GPTConfig.
     Raises: ConfigError.
     """
-    from gptcore.checkpoint import save_checkpoint
+    from gptcore.checkpoint import named_weights, save_checkpoint
 
     run_folder = Path(run_folder)
     if run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
@@ -362,7 +362,7 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
     state = {"step": 0, "elapsed_s": 0.0}
     source = {"imported": {"format": format, "path": str(path)}}
     content = to_json(train, gpt.config, **source)
-    save_checkpoint(run_folder / "best", gpt, tokenizer, content, state)
+    save_checkpoint(run_folder / "best", named_weights(gpt), tokenizer, content, state)
     return gpt
 
 

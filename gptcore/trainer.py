@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gptcore import finetune, machine
-from gptcore.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from gptcore.checkpoint import Checkpoint, named_weights, open_checkpoint, save_checkpoint
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import Corpus, load_text
 from gptcore.flags import Settings, split_fields
@@ -364,7 +364,13 @@ def save(run: Run, name: str) -> None:
         "best_step": run.best_step,
     }
     try:
-        save_checkpoint(run.folder / name, run.model, run.corpus.tokenizer, run.config_json, state)
+        save_checkpoint(
+            run.folder / name,
+            named_weights(run.model),
+            run.corpus.tokenizer,
+            run.config_json,
+            state,
+        )
     except OSError as error:
         raise RunError(
             f"cannot save {run.folder / name}: {error.strerror or error}; the checkpoint before "

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptcore import checkpoint as checkpoints
-from gptcore.checkpoint import open_checkpoint, save_checkpoint
+from gptcore.checkpoint import named_weights, open_checkpoint, save_checkpoint
 from gptcore.config import ConfigError, GPTConfig, TrainConfig, to_json
 from gptcore.model import build_model
 from gptcore.tokenizer import CharTokenizer
@@ -21,7 +21,8 @@ TOKENIZER = CharTokenizer("abc")
 def save(folder, model, shape=SHAPE, step=7):
     """A checkpoint of `model` with a little state."""
     state = {"step": step, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}
-    save_checkpoint(folder, model, TOKENIZER, to_json(TrainConfig(), shape), state)
+    config_json = to_json(TrainConfig(), shape)
+    save_checkpoint(folder, named_weights(model), TOKENIZER, config_json, state)
 
 
 def refingerprint(folder):
