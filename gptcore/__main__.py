@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from gptcore import lr_range, sweep
+from gptcore import lr_range, prepare, sweep
 from gptcore.config import ConfigError
 from gptcore.flags import Parser, run_command
 
@@ -116,7 +116,7 @@ def evaluate(arguments) -> int:
     import math
 
     from gptcore import trainer
-    from gptcore.data import Corpus, load_text
+    from gptcore.data import Corpus, load_data
     from gptcore.tasks import task_of
 
     checkpoint, model = _load(arguments)
@@ -128,7 +128,11 @@ def evaluate(arguments) -> int:
             f"{checkpoint.folder} was not trained on {task.text.source}; leave --data out"
         )
     corpus = task or Corpus.build(
-        load_text(train.data), checkpoint.tokenizer, val_fraction=train.val_fraction, device=device
+        load_data(train.data),
+        checkpoint.tokenizer,
+        val_fraction=train.val_fraction,
+        device=device,
+        eval_tokens=train.eval_tokens,
     )
     corpus.check_block(block_size)
     size = max(1, trainer.EVALUATION_TOKENS // block_size)
@@ -210,6 +214,7 @@ COMMANDS = (
     ("export", export, _add_export),
     ("sweep", sweep.sweep, sweep.add_arguments),
     ("lr_range", lr_range.lr_range, lr_range.add_arguments),
+    ("prepare", prepare.prepare, prepare.add_arguments),
 )
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ class TrainConfig:
     resume: bool = _option(False, "go on from the last checkpoint of --out_dir, or start")
     data: str = _option(
         "auto",
-        "a text file, or tinyshakespeare, or pydoc (text inside every Python), or problems: add "
-        "(a+b=c), arithmetic; auto: tinyshakespeare where it can be had, else pydoc",
+        "a text file, a prepared folder, tinyshakespeare, pydoc (text inside every Python), or "
+        "problems: add (a+b=c), arithmetic; auto: tinyshakespeare where it can be had, else pydoc",
     )
     digits: int = _option(2, "of the numbers in problems", least=1)
     operations: str = _option("+-*/", "of --data arithmetic")
@@ -194,6 +194,11 @@ class TrainConfig:
         "exact",
         "exact: the whole validation split; sampled: the notebook's estimate",
         choices=("exact", "sampled"),
+    )
+    eval_tokens: int = _option(
+        2**20,
+        "most of validation in exact mode; of more, windows spread evenly",
+        least=1,
     )
     eval_iters: int = _option(200, "batches of a sampled loss (in exact mode: training)", least=1)
     checkpoint_interval: int | None = _option(

@@ -1,8 +1,9 @@
 """Corpora: where a text comes from, and how batches are drawn from it.
 
-The tokens are held once, as a compact integer tensor on the training device. A batch is one
-indexing operation and a pure function of (seed, step): sequence r of the global batch of a step
-starts at random_integers(key, SITE_BATCH, r), whatever rank or micro-batch asks for it.
+The tokens are held once, as a compact integer tensor: on the training device where they fit, else
+on the host, where those of a prepared folder (gptcore.prepare) stay in their file, mapped. A batch
+is one indexing operation and a pure function of (seed, step): sequence r of the global batch of a
+step starts at random_integers(key, SITE_BATCH, r), whatever rank or micro-batch asks for it.
 """
 
 import hashlib
@@ -13,17 +14,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gptcore.config import ConfigError
-from gptcore.tokenizer import Tokenizer
+from gptcore.prepare import Prepared, open_prepared
+from gptcore.tokenizer import Tokenizer, tokenizer_for
 from kernels.rng import SITE_BATCH, make_key, random_integers
 
+NAMES = ("auto", "tinyshakespeare", "pydoc")  # of texts; anything else is a path
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT_S = 10.0
+DEVICE_SHARE = 0.25  # of the free memory of a GPU, for the tokens
+MEASURED_TOKENS = 1 << 20  # whose characters are counted; of Tiny Shakespeare, all
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,28 @@ class Text:
     def sha256(self) -> str:
         """Of the UTF-8 bytes."""
         return hashlib.sha256(self.content.encode("utf-8")).hexdigest()
+
+    def tokenizer(self, kind: str) -> Tokenizer:
+        """A new tokenizer `kind` for this text."""
+        return tokenizer_for(kind, self.content)
+
+    def split(self, tokenizer: Tokenizer, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens to train on, and the end of the text to validate on.
+
+        Raises: ConfigError if `tokenizer` lacks characters of the text.
+        """
+        tokens = tokenizer.encode(self.content)
+        split = int((1 - val_fraction) * len(tokens))
+        return tokens[:split], tokens[split:]
+
+
+def load_data(data: str) -> Text | Prepared:
+    """What `--data` names: a text, as `load_text` finds it, or a folder of prepared tokens.
+
+    Raises: ConfigError if it is missing, empty, damaged or not UTF-8.
+    """
+    prepared = data not in NAMES and Path(data).is_dir()
+    return open_prepared(data) if prepared else load_text(data)
 
 
 def load_text(data: str) -> Text:
@@ -148,30 +176,49 @@ class Corpus:
     """A text as tokens, split in two; the end of the text is held out.
 
     Attributes:
-        train, val: (tokens,) uint8, uint16 or int32, on one device.
-        val_characters: length of the validation text, for bits per character.
+        train, val: (tokens,) uint8, uint16 or int32, both on one device: `device` or the host.
+        device: where batches are wanted.
+        tokens_per_character: of the validation text, its first MEASURED_TOKENS tokens.
+        eval_tokens: `validation` has no more targets than this; None: all.
     """
 
-    text: Text
+    text: Text | Prepared
     tokenizer: Tokenizer
     train: torch.Tensor
     val: torch.Tensor
-    val_characters: int
+    device: torch.device
+    tokens_per_character: float
+    eval_tokens: int | None = None
 
     @classmethod
-    def build(cls, text: Text, tokenizer: Tokenizer, *, val_fraction: float = 0.1, device="cpu"):
-        """Encode `text` and split it.
+    def build(
+        cls,
+        text: Text | Prepared,
+        tokenizer: Tokenizer,
+        *,
+        val_fraction: float = 0.1,
+        device="cpu",
+        eval_tokens: int | None = None,
+    ) -> "Corpus":
+        """Encode `text`, unless it was prepared, and split it.
 
-        Raises: ConfigError if `tokenizer` lacks characters of `text`.
+        Raises: ConfigError if `tokenizer` lacks characters of `text` or is not the folder's.
         """
-        tokens = torch.from_numpy(tokenizer.encode(text.content)).to(device)
-        split = int((1 - val_fraction) * len(tokens))
-        val = tokens[split:]
-        if tokenizer.kind == "char":
-            val_characters = len(val)
-        else:
-            val_characters = len(tokenizer.decode(val.tolist()))
-        return cls(text, tokenizer, tokens[:split], val, val_characters)
+        device = torch.device(device)
+        splits = [torch.from_numpy(part) for part in text.split(tokenizer, val_fraction)]
+        if _fits(sum(part.nbytes for part in splits), device):
+            splits = [part.to(device) for part in splits]
+        train, val = splits
+        tokens_per_character = 1.0
+        if tokenizer.kind != "char":
+            measured = val[:MEASURED_TOKENS].tolist()
+            tokens_per_character = len(measured) / max(1, len(tokenizer.decode(measured)))
+        return cls(text, tokenizer, train, val, device, tokens_per_character, eval_tokens)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether batches are gathered on the host for another device."""
+        return self.train.device.type != self.device.type
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -181,11 +228,6 @@ class Corpus:
     def example(self) -> str:
         """Something to start a sample with."""
         return "LEONTES:" if "tinyshakespeare" in self.text.source else "The"
-
-    @property
-    def tokens_per_character(self) -> float:
-        """Of the validation text."""
-        return len(self.val) / self.val_characters
 
     def check_block(self, block_size: int) -> None:
         """Raises: ConfigError unless each split holds a block and its targets."""
@@ -203,35 +245,41 @@ class Corpus:
         """Random windows: rows first .. first + size of the global batch of key's step.
 
         Args:
-            key: (3,) int64 [seed, step, first] of `kernels.rng`, on the tokens' device.
-        Returns: idx, targets, each (size, block_size) int64.
+            key: (3,) int64 [seed, step, first] of `kernels.rng`.
+        Returns: idx, targets, each (size, block_size) int64, on `device`.
         """
         tokens = self.train if split == "train" else self.val
         site = SITE_BATCH if site is None else site
+        key = key.to(tokens.device)
         starts = random_integers(key, site, range(size), len(tokens) - block_size)
-        return self.windows(tokens, starts, block_size)
+        return self._windows(tokens, starts, block_size)
 
-    @staticmethod
-    def windows(tokens: torch.Tensor, starts: torch.Tensor, block_size: int):
-        """idx, targets (len(starts), block_size) int64 of the windows at `starts`."""
-        if tokens.dtype == torch.uint16:  # not every device can index it
-            window = tokens.view(torch.int16).unfold(0, block_size + 1, 1)[starts].long() & 0xFFFF
-        else:
-            window = tokens.unfold(0, block_size + 1, 1)[starts].long()
+    def _windows(self, tokens: torch.Tensor, starts: torch.Tensor, block_size: int):
+        """idx, targets (len(starts), block_size) int64 of the windows at `starts`, on `device`."""
+        window = windows(tokens, starts, block_size + 1)
+        if self.device.type == "cuda" and self.on_host:
+            window = window.pin_memory()
+        window = window.to(self.device, non_blocking=True)
         return window[:, :-1], window[:, 1:]
 
     def validation(self, size: int, block_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every validation token but the first as a target exactly once.
 
+        Where there are more than `eval_tokens`, as many whole windows as hold no more, at least
+        one, spread evenly, are taken instead.
+
         Yields idx, targets (<= size, block_size), the last one (1, < block_size) if a tail is left.
         """
-        count = (len(self.val) - 1) // block_size
+        whole = count = (len(self.val) - 1) // block_size
+        capped = self.eval_tokens is not None and len(self.val) - 1 > self.eval_tokens
+        if capped:
+            count = max(1, self.eval_tokens // block_size)
         for first in range(0, count, size):
             rows = torch.arange(first, min(first + size, count), device=self.val.device)
-            yield self.windows(self.val, rows * block_size, block_size)
-        tail = self.val[count * block_size :].long()
-        if len(tail) > 1:
-            yield tail[None, :-1], tail[None, 1:]
+            yield self._windows(self.val, rows * whole // count * block_size, block_size)
+        tail = self.val[whole * block_size :].long()[None].to(self.device)
+        if not capped and tail.shape[1] > 1:
+            yield tail[:, :-1], tail[:, 1:]
 
     def training_sample(self, batches: int, size: int, block_size: int):
         """Yield up to `batches` batches of windows spread evenly over the training split."""
@@ -239,7 +287,21 @@ class Corpus:
         last = len(self.train) - block_size - 1
         starts = torch.linspace(0, last, count, dtype=torch.float64).long().to(self.train.device)
         for rows in starts.split(size):
-            yield self.windows(self.train, rows, block_size)
+            yield self._windows(self.train, rows, block_size)
+
+
+def windows(tokens: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+    """(len(starts), length) int64, the tokens from each start on; all on one device."""
+    if tokens.dtype == torch.uint16:  # not every device can index it
+        return tokens.view(torch.int16).unfold(0, length, 1)[starts].long() & 0xFFFF
+    return tokens.unfold(0, length, 1)[starts].long()
+
+
+def _fits(size_bytes: int, device: torch.device) -> bool:
+    """Whether tokens of that size are to be held on `device`."""
+    if device.type == "cuda":
+        return size_bytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return device.type == "cpu"
 
 
 class BatchStream:
@@ -268,6 +330,6 @@ class BatchStream:
             high = len(tokens) - self.block_size
             self._starts = random_integers(keys, SITE_BATCH, range(self.rows), high)
             self._window = window
-        return self.corpus.windows(
+        return self.corpus._windows(
             tokens, self._starts[offset, first : first + size], self.block_size
         )

@@ -25,6 +25,7 @@ from gptcore.tasks import Arithmetic
 from gptcore.trackers import open_tracker
 
 if TYPE_CHECKING:
+    from gptcore.data import Corpus
     from gptcore.trainer import Evaluation, Run
 
 PLOT_EVERY_S = 60.0
@@ -221,6 +222,16 @@ def plot_losses(metrics: Path, image: Path) -> None:
     figure.savefig(image, dpi=120)
 
 
+def _where_tokens_are(corpus: Corpus | Arithmetic) -> str:
+    """What there is to say about a corpus that is large."""
+    if isinstance(corpus, Arithmetic):
+        return ""
+    words = "; too large for the device, batches come from the host" if corpus.on_host else ""
+    if corpus.eval_tokens is not None and corpus.eval_tokens < len(corpus.val):
+        words += f"; {corpus.eval_tokens:,} of them, spread evenly, are evaluated (--eval_tokens)"
+    return words
+
+
 def announce(run: Run, rate: float) -> None:
     """What is about to be trained, on what."""
     config, corpus, shape = run.config, run.corpus, run.model.config
@@ -231,7 +242,9 @@ def announce(run: Run, rate: float) -> None:
         print(f"WARNING: {corpus.text.note}")
     print(
         f"data    {corpus.text.source}: {train_size:,} training and {val_size:,} validation "
-        f"{unit}, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})\n"
+        f"{unit}, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})"
+        + _where_tokens_are(corpus)
+        + "\n"
         f"model   {config.model}, {parameters:,} parameters: {shape.n_layer} layers, "
         f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
         f"device  {machine.describe(run.device)}, matrix products {rate / 1e9:,.0f} GFLOP/s\n"

@@ -94,8 +94,8 @@ class Step:
             first: torch.tensor([0, 0, first], device=device)
             for first in range(config.batch_size, config.sequences, config.batch_size)
         }
-        self.stream = None
-        if device.type == "cpu" and hasattr(corpus, "train"):
+        self.stream, self.fetched = None, {}
+        if hasattr(corpus, "train") and corpus.train.device.type == "cpu":
             self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.eager_reason = eager_reason(config, device)
@@ -114,6 +114,8 @@ class Step:
         With a CUDA graph the returned tensor is overwritten by the next call.
         """
         apply_schedule(self.optimizer, self.step, self.config)
+        if self.stream is not None and self.device.type != "cpu":
+            self._fetch()
         if self.eager_reason is None:
             loss = self._on_gpu()
         else:
@@ -165,8 +167,19 @@ class Step:
         self.key[1] += 1
         return total
 
+    def _fetch(self) -> None:
+        """Bring this update's batches from the host to where a captured update reads them."""
+        for first in range(0, self.config.sequences, self.config.batch_size):
+            batch = self.stream.batch(self.step, first, self.config.batch_size)
+            if first not in self.fetched:
+                self.fetched[first] = tuple(x.contiguous() for x in batch)
+            for buffer, x in zip(self.fetched[first], batch, strict=True):
+                buffer.copy_(x)
+
     def _batch(self, key, first):
         """idx, targets of one micro-batch."""
+        if self.fetched:
+            return self.fetched[first]
         if self.stream is not None:
             return self.stream.batch(self.step, first, self.config.batch_size)
         return self.corpus.batch(key, self.config.batch_size, self.block_size)

@@ -1,7 +1,8 @@
 """Text to token ids and back: characters, bytes, or GPT-2's byte pairs.
 
 A tokenizer has `kind`, `vocab_size`, `encode(text) -> numpy array`, `token_bytes(id) -> bytes`,
-`decode(ids) -> str` and `state() -> dict`, from which `from_state` makes it again.
+`decode(ids) -> str`, `cut(text) -> int` for texts that come in pieces, and `state() -> dict`, from
+which `from_state` makes it again.
 """
 
 import codecs
@@ -21,6 +22,10 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """(tokens,) integers of the smallest dtype that holds the vocabulary."""
         raise NotImplementedError
+
+    def cut(self, text: str) -> int:
+        """The last place where `text` may be parted: the parts encode as the whole does."""
+        return len(text)
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that one token stands for."""
@@ -58,19 +63,18 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self.vocab_size = len(points)
         self._bytes = [character.encode("utf-8") for character in characters]
-        self._id_of_point = np.full(int(points[-1]) + 1, -1, dtype=np.int32)
+        self._id_of_point = np.full(int(points[-1]) + 2, -1, dtype=np.int32)
         self._id_of_point[points] = np.arange(len(points))
 
     @classmethod
     def of(cls, text: str) -> "CharTokenizer":
         """The tokenizer of exactly the characters in `text`."""
-        return cls("".join(map(chr, np.unique(_code_points(text)))))
+        return cls(str(CharacterSet(text)))
 
     def encode(self, text: str) -> np.ndarray:
         """Raises: ConfigError naming the characters the vocabulary lacks."""
         points = _code_points(text)
-        known = len(self._id_of_point)
-        ids = np.where(points < known, self._id_of_point[np.minimum(points, known - 1)], -1)
+        ids = self._id_of_point.take(points, mode="clip")  # beyond the last there is a -1
         if len(ids) and ids.min() < 0:
             unseen = "".join(map(chr, np.unique(points[ids < 0])[:20]))
             raise ConfigError(
@@ -126,8 +130,37 @@ class GPT2Tokenizer(Tokenizer):
         ids = self._encoding.encode_ordinary(text)
         return np.array(ids, dtype=compact_dtype(self.vocab_size))
 
+    def cut(self, text: str) -> int:
+        return before_last_space(text)
+
     def token_bytes(self, token: int) -> bytes:
         return self._encoding.decode_single_token_bytes(token)
+
+
+class CharacterSet:
+    """The characters of texts that come in pieces; `str` of it is sorted."""
+
+    def __init__(self, characters: str = ""):
+        self._seen = np.zeros(0x110000, dtype=bool)
+        self.add(characters)
+
+    def add(self, text: str) -> None:
+        """Every character of `text` belongs to it."""
+        self._seen[_code_points(text)] = True
+
+    def __str__(self) -> str:
+        return "".join(map(chr, np.flatnonzero(self._seen)))
+
+
+def before_last_space(text: str) -> int:
+    """The last place in `text` between something and a space or new line after it, else 0.
+
+    There GPT-2's pattern always parts a text, whatever follows.
+    """
+    for end in range(len(text) - 1, 0, -1):
+        if text[end] in " \n" and not text[end - 1].isspace():
+            return end
+    return 0
 
 
 def compact_dtype(vocab_size: int) -> type:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gptcore import finetune, machine
 from gptcore.checkpoint import Checkpoint, named_weights, open_checkpoint, save_checkpoint
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
-from gptcore.data import Corpus, load_text
+from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.flags import Settings, split_fields
 from gptcore.generation import generate
 from gptcore.log import Log, announce, resume_command, trim_metrics
@@ -31,7 +31,6 @@ from gptcore.model import build_model
 from gptcore.optim import make_optimizer
 from gptcore.step import Step, pick_dtype
 from gptcore.tasks import Arithmetic, task_of
-from gptcore.tokenizer import tokenizer_for
 from gptcore.trackers import check_tracker
 from kernels.rng import SITE_EVALUATION, make_key
 
@@ -97,11 +96,13 @@ def prepare(settings: Settings) -> Run:
         config, model_fields = finetune.adopt(origin, config, settings.given)
     check_tracker(config.log)
     task = task_of(config, device)
-    text = task.text if task else load_text(config.data)
-    if Path(config.data).is_file():
+    text = task.text if task else load_data(config.data)
+    if isinstance(text, Prepared) and "tokenizer" not in settings.given:
+        config = config.replace(tokenizer=text.vocabulary.kind)
+    if not task and config.data not in NAMES:
         config = config.replace(data=str(Path(config.data).resolve()))
     if checkpoint is None:
-        tokenizer = task.tokenizer if task else tokenizer_for(config.tokenizer, text.content)
+        tokenizer = task.tokenizer if task else text.tokenizer(config.tokenizer)
         vocab_size = -(-tokenizer.vocab_size // config.vocab_multiple) * config.vocab_multiple
         model_fields = {**model_fields, "vocab_size": vocab_size}
         if task and "block_size" not in settings.given:
@@ -114,7 +115,13 @@ def prepare(settings: Settings) -> Run:
                 "give the same --data, or start a new run"
             )
     model_config = GPTConfig(**model_fields)
-    corpus = task or Corpus.build(text, tokenizer, val_fraction=config.val_fraction, device=device)
+    corpus = task or Corpus.build(
+        text,
+        tokenizer,
+        val_fraction=config.val_fraction,
+        device=device,
+        eval_tokens=config.eval_tokens,
+    )
     corpus.check_block(model_config.block_size)
 
     torch.manual_seed(config.seed)
@@ -388,7 +395,7 @@ def show_sample(run: Run) -> None:
     tokenizer = run.corpus.tokenizer
     idx = generate(
         run.update.compute,
-        run.corpus.val[:1].long()[None],
+        run.corpus.val[:1].long()[None].to(run.device),
         max_new_tokens=run.config.sample_tokens,
         temperature=0.8,
         seed=run.config.seed,

@@ -12,7 +12,7 @@ import torch
 
 from gptcore import data
 from gptcore.config import ConfigError
-from gptcore.data import BatchStream, Corpus, Text, load_text
+from gptcore.data import BatchStream, Corpus, Text, load_text, windows
 from gptcore.tokenizer import tokenizer_for
 from kernels.rng import SITE_BATCH, SITE_EVALUATION, make_key, random_integers
 
@@ -193,9 +193,8 @@ def test_the_stream_draws_what_single_batches_draw(corpus, order):
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "int32"])
 def test_all_token_dtypes_index_alike(kind):
     tokens = torch.arange(200) + (0 if kind == "uint8" else 40_000)
-    idx, targets = Corpus.windows(tokens.to(getattr(torch, kind)), torch.tensor([0, 150]), 8)
-    assert torch.equal(targets, idx + 1)
-    assert torch.equal(idx[1], tokens[150:158])
+    window = windows(tokens.to(getattr(torch, kind)), torch.tensor([0, 150]), 9)
+    assert torch.equal(window, torch.stack([tokens[:9], tokens[150:159]]))
 
 
 @pytest.mark.parametrize("block_size", [3, 7, 16, 198])
@@ -216,5 +215,5 @@ def test_training_sample_spans_the_split(corpus):
 
 def test_validation_characters_of_other_tokenizers():
     corpus = corpus_of("é" * 100, "bytes")
-    assert (len(corpus.val), corpus.val_characters) == (20, 10)
-    assert corpus_of("é" * 100).val_characters == 10
+    assert (len(corpus.val), corpus.tokens_per_character) == (20, 2.0)
+    assert corpus_of("é" * 100).tokens_per_character == 1.0
