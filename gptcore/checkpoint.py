@@ -1,33 +1,102 @@
 """Checkpoints: a folder that is either whole or not there.
 
-    model.safetensors   the parameters
-    state.pt            optimizer, step, best loss, elapsed time (loads with weights_only=True)
-    config.json         TrainConfig, GPTConfig, corpus, versions
-    tokenizer.json      the tokenizer
-    manifest.json       size and SHA-256 of each of them, written last
+    model.safetensors      the parameters
+    optimizer.safetensors  what the optimizer keeps of each, as PARAMETER/SLOT
+    state.json             Progress: step, best loss, elapsed time
+    config.json            TrainConfig, GPTConfig, corpus, versions
+    tokenizer.json         the tokenizer
+    manifest.json          size and SHA-256 of each of them, written last
 
 A new checkpoint is written beside the old one, synced, and renamed into place; the old one goes
 only when the new one is there. What a crash may leave is `NAME.new` (ignored) or `NAME.old` (used).
+`CheckpointWriter` does this in a thread, from a copy, so that training goes on.
+
+Nothing in a checkpoint is believed: hashes, types, names and shapes are checked when it is opened,
+before a model is built; nothing in it can run code.
 """
 
-import hashlib
+import contextlib
+import dataclasses
 import json
-import os
+import math
 import shutil
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gptcore.config import ConfigError, GPTConfig, TrainConfig, read_saved
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_saved
+from gptcore.files import (
+    fingerprint,
+    read_json,
+    read_tensors,
+    sync_folder,
+    tensor_shapes,
+    write_tensors,
+    write_text,
+)
+from gptcore.model import build_model
+from gptcore.optim import STATE_SLOTS
 from gptcore.tokenizer import Tokenizer, from_state
 
-FORMAT = 1
-FILES = ("model.safetensors", "state.pt", "config.json", "tokenizer.json")
+FORMAT = 2
+FILES = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.json",
+    "tokenizer.json",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Raises: ConfigError if it could be no run's.
+    """
+
+    step: int = 0  # updates done
+    elapsed_s: float = 0.0
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    evaluated_step: int = -1  # of the last evaluation
+
+    def __post_init__(self):
+        for name, least in (("step", 0), ("best_step", 0), ("evaluated_step", -1)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < 2**53:
+                raise ConfigError(
+                    f"{name} must be a whole number of at least {least}; got {value!r}"
+                )
+        for name in ("elapsed_s", "best_val_loss"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or math.isnan(value):
+                raise ConfigError(f"{name} must be a number; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds, in memory.
+
+    Attributes:
+        weights: by the names of the parameters, a shared one once.
+        optimizer: as `optimizer_tensors` gives it.
+        config_json: as `to_json` wrote it.
+    """
+
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    progress: Progress
+    tokenizer: Tokenizer
+    config_json: str
+
+
+# ---- reading ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,51 +108,51 @@ class Checkpoint:
     model: GPTConfig
     config: dict[str, Any]  # config.json as it stands
     tokenizer: Tokenizer
+    progress: Progress
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into `model`, names and shapes checked first.
 
         Raises: ConfigError if they do not belong to it.
         """
-        expected, found = named_weights(model), self.read_weights()
-        self.check_names(found, expected)
-        for name, weight in expected.items():
-            if found[name].shape != weight.shape:
-                raise ConfigError(
-                    f"{self.folder}: weights do not fit the model: {name} is "
-                    f"{tuple(found[name].shape)}, must be {tuple(weight.shape)}"
-                )
+        expected = named_weights(model)
+        found = tensor_shapes(self.folder / "model.safetensors")
+        check_fit(self.folder, found, {name: tuple(w.shape) for name, w in expected.items()})
+        weights = self.read_weights()
         with torch.no_grad():
             for name, weight in expected.items():
-                weight.copy_(found[name])
+                weight.copy_(weights[name])
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         """The weights by name.
 
         Raises: ConfigError if the file is damaged.
         """
-        try:
-            return load_file(self.folder / "model.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{self.folder}: model.safetensors is damaged: {error}") from error
+        return read_tensors(self.folder / "model.safetensors")
 
-    def check_names(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
-        """Raises: ConfigError unless both have the same names."""
-        if found.keys() != expected.keys():
-            odd = sorted(found.keys() ^ expected.keys())
-            raise ConfigError(
-                f"{self.folder}: weights do not fit the model: {len(odd)} names differ, {odd[0]}"
-            )
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give `optimizer` of `model` the saved state; its options stay.
 
-    def load_state(self) -> dict[str, Any]:
-        """Optimizer state and counters; only tensors and plain values can be in it.
-
-        Raises: ConfigError if it is damaged.
+        Raises: ConfigError if the state is not that of such an optimizer.
         """
-        try:
-            return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # on foreign bytes the restricted unpickler raises anything
-            raise ConfigError(f"{self.folder}: state.pt is damaged") from error
+        path = self.folder / "optimizer.safetensors"
+        shapes, slots = tensor_shapes(path), STATE_SLOTS[type(optimizer).__name__]
+        names = _parameter_names(model, optimizer)
+        if shapes:
+            expected = {
+                f"{name}/{slot}": () if slot == "step" else tuple(parameter.shape)
+                for parameter, name in names.items()
+                for slot in slots
+            }
+            what = f"the state of --optimizer {type(optimizer).__name__.lower()}"
+            check_fit(path, shapes, expected, what)
+        tensors = read_tensors(path)
+        optimizer.state.clear()
+        for parameter, name in names.items() if shapes else ():
+            optimizer.state[parameter] = {
+                slot: tensors[f"{name}/{slot}"].to(parameter.device, torch.float32, copy=True)
+                for slot in slots
+            }
 
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -91,42 +160,41 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-def save_checkpoint(
-    folder: Path,
-    weights: dict[str, torch.Tensor],
-    tokenizer: Tokenizer,
-    config_json: str,
-    state: dict[str, Any],
-) -> None:
-    """Write a checkpoint; until it is whole, the one before it stays.
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """What `optimizer` keeps, by PARAMETER/SLOT; empty before its first step."""
+    return {
+        f"{name}/{slot}": value
+        for parameter, name in _parameter_names(model, optimizer).items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
 
-    Args:
-        weights: `named_weights` of a model, none of them in pieces (gptcore.distributed).
-    Raises: OSError if the disk refuses; the checkpoint before is then untouched.
-    """
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        weights = {name: weight.detach() for name, weight in weights.items()}
-        save_file(weights, new / "model.safetensors")
-        torch.save(state, new / "state.pt")
-        (new / "config.json").write_text(config_json, encoding="utf-8")
-        (new / "tokenizer.json").write_text(json.dumps(tokenizer.state()), encoding="utf-8")
-        manifest = {"format": FORMAT, "files": {name: _fingerprint(new / name) for name in FILES}}
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for name in (*FILES, "manifest.json", "."):
-            _sync(new / name)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+def _parameter_names(model, optimizer) -> dict[nn.Parameter, str]:
+    """The parameters that `optimizer` updates, with their names in `model`."""
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {p: name for name, p in model.named_parameters() if id(p) in updated}
+
+
+def check_names(where, found: dict, expected: dict, what: str = "the model") -> None:
+    """Raises: ConfigError unless both have the same names."""
+    if found.keys() != expected.keys():
+        odd = sorted(found.keys() ^ expected.keys())
+        raise ConfigError(
+            f"{where}: weights do not fit {what}: {len(odd)} names differ, {odd[0][:100]}"
+        )
+
+
+def check_fit(where, found: dict[str, tuple], expected: dict[str, tuple], what="the model") -> None:
+    """Raises: ConfigError unless both have the same names and shapes."""
+    check_names(where, found, expected, what)
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ConfigError(
+                f"{where}: weights do not fit {what}: {name} is {found[name]}, must be {shape}"
+            )
 
 
 def open_checkpoint(path: str | Path, which: str | None = None) -> Checkpoint:
@@ -144,69 +212,208 @@ def open_checkpoint(path: str | Path, which: str | None = None) -> Checkpoint:
         return _open(path)
     names = ("best", "last") if which is None else (which,)
     for name in names:
-        for candidate in (path / name, path / f"{name}.old"):
-            if candidate.is_dir():
-                return _open(candidate)
+        if folders := checkpoint_folders(path, name):
+            return _open(folders[0])
     raise ConfigError(
         f"{path}: holds no checkpoint ({' or '.join(names)}); give a folder that train.py wrote"
     )
 
 
+def checkpoint_folders(run: Path, name: str) -> list[Path]:
+    """Where the checkpoint `name` of a run folder lies, the newest first."""
+    return [folder for folder in (run / name, run / f"{name}.old") if folder.is_dir()]
+
+
 def _open(folder: Path) -> Checkpoint:
-    """Verify the manifest, then read the small files."""
+    """Verify the manifest, read the small files, hold the large ones against them."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        recorded = {name: manifest["files"][name] for name in FILES}
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder}: not a checkpoint of train.py (no valid manifest.json)"
-        ) from error
+        _verify(folder)
+        config, state, progress = (
+            read_json(folder / name) for name in ("config.json", "tokenizer.json", "state.json")
+        )
+        if not isinstance(progress, dict):
+            raise ConfigError(f"{folder}: state.json must be an object")
+        try:
+            tokenizer, progress = from_state(state), Progress(**progress)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{folder}: {error}") from error
+        train, model = read_saved(config, str(folder))
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ConfigError(
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{model.vocab_size}"
+            )
+        _check_shapes(folder, train.model, model)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_way_on(folder)}") from error
+    return Checkpoint(folder, train, model, config, tokenizer, progress)
+
+
+def _verify(folder: Path) -> None:
+    """Raises: ConfigError unless every file is the one that the manifest records."""
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{folder}: not a checkpoint of train.py (no manifest.json)")
+    manifest = read_json(folder / "manifest.json")
+    try:
+        version, recorded = manifest["format"], manifest["files"]
+        recorded = {name: recorded[name] for name in FILES} if version == FORMAT else {}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}: not a checkpoint of train.py (manifest.json)") from error
     if version != FORMAT:
         raise ConfigError(f"{folder}: checkpoint format {version!r}; this version reads {FORMAT}")
     for name in FILES:
         try:
-            same = _fingerprint(folder / name) == recorded[name]
+            found = fingerprint(folder / name)
         except OSError as error:
             raise ConfigError(f"{folder}: {name} cannot be read: {error.strerror}") from error
-        if not same:
-            raise ConfigError(
-                f"{folder}: {name} is damaged (its SHA-256 is not the recorded one); "
-                f"{_other_checkpoint(folder)}"
-            )
+        if found != recorded[name]:
+            raise ConfigError(f"{folder}: {name} is damaged (its SHA-256 is not the recorded one)")
+
+
+def _check_shapes(folder: Path, name: str, config: GPTConfig) -> None:
+    """Raises: ConfigError unless the weights are those of such a model, which is not allocated."""
+    found = tensor_shapes(folder / "model.safetensors")
+    modules = {"gpt": config.n_layer, "naive": config.n_layer * config.n_head}
+    if {**modules, "multihead": config.n_head}.get(name, 0) > len(found):
+        raise ConfigError(
+            f"{folder}: weights do not fit the model: {len(found)} of them for n_layer "
+            f"{config.n_layer} and n_head {config.n_head}"
+        )
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tokenizer = from_state(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ConfigError(f"{folder}: {error}") from error
-    train, model = read_saved(config, str(folder))
-    return Checkpoint(folder, train, model, config, tokenizer)
+        with torch.device("meta"):
+            model = build_model(name, config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
+        raise ConfigError(f"{folder}: config.json asks for an impossible model") from error
+    check_fit(folder, found, {n: tuple(w.shape) for n, w in named_weights(model).items()})
 
 
-def _other_checkpoint(folder: Path) -> str:
-    """What to try instead of a damaged checkpoint."""
-    for name in (folder.name.removesuffix(".old") + ".old", "last", "best"):
-        other = folder.with_name(name)
-        if other != folder and other.is_dir():
-            return f"try {other}"
+def _way_on(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    name = folder.name.removesuffix(".old")
+    for other in (f"{name}.old", "last", "best"):
+        if other != folder.name and (folder.with_name(other) / "manifest.json").is_file():
+            return (
+                f"to go on from {folder.with_name(other)}, set this one aside: "
+                f"mv {folder} {folder}.damaged"
+            )
     return "copy it again from where it came"
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+# ---- writing ---------------------------------------------------------------------------------
 
 
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY)
+def write_checkpoint(folder: Path, content: Content) -> None:
+    """Write a checkpoint of CPU tensors; until it is whole, the one before it stays.
+
+    Raises: RunError if the disk refuses; the checkpoint before is then untouched.
+    """
+    new, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        progress = dataclasses.asdict(content.progress)
+        files = {
+            "model.safetensors": write_tensors(new / "model.safetensors", content.weights),
+            "optimizer.safetensors": write_tensors(
+                new / "optimizer.safetensors", content.optimizer
+            ),
+            "state.json": write_text(new / "state.json", json.dumps(progress)),
+            "config.json": write_text(new / "config.json", content.config_json),
+            "tokenizer.json": write_text(
+                new / "tokenizer.json", json.dumps(content.tokenizer.state())
+            ),
+        }
+        manifest = {"format": FORMAT, "files": files}
+        write_text(new / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        sync_folder(new)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise RunError(
+            f"cannot save {folder}: {error.strerror or error}; the checkpoint before is untouched; "
+            f"make room, then: python train.py --out_dir {folder.parent} --resume"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, so that training goes on meanwhile.
+
+    `save` copies the tensors into buffers on the host, which are kept for the next time, and
+    returns. One checkpoint is written at a time: a save that comes before the last one is done
+    waits for it. What went wrong is raised in the caller's thread by the next call. As a context
+    manager it waits at the end.
+    """
+
+    def __init__(self):
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def save(self, folders: Sequence[Path], content: Content) -> None:
+        """Begin to write `content`, tensors on any device, to each of `folders`.
+
+        Raises: RunError if the save before could not be written.
+        """
+        self.wait()
+        weights = self._copy("weights", content.weights)
+        optimizer = self._copy("optimizer", content.optimizer)
+        content = dataclasses.replace(content, weights=weights, optimizer=optimizer)
+        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if copied is not None:
+            copied.record()
+        self._thread = threading.Thread(
+            target=self._write, args=(list(folders), content, copied), name="checkpoint"
+        )
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises: what went wrong in the thread, once."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk.
+
+        Raises: RunError if it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            self.wait()
+        else:  # the first error is the one to tell
+            with contextlib.suppress(RunError):
+                self.wait()
+
+    def _copy(self, group: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies on the host; from a GPU they are on their way when this returns."""
+        copies = {}
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get(f"{group} {name}")
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                pinned = tensor.is_cuda
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                self._buffers[f"{group} {name}"] = buffer
+            copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, folders: list[Path], content: Content, copied) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            for folder in folders:
+                write_checkpoint(folder, content)
+        except BaseException as error:  # told to the caller's thread by check()
+            self._error = error

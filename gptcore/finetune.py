@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptcore.checkpoint import Checkpoint, named_weights
+from gptcore.checkpoint import Checkpoint, check_names, named_weights
 from gptcore.config import ConfigError, TrainConfig
 from gptcore.naive import BigramLM
 from gptcore.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def initialise(model: nn.Module, tokenizer: Tokenizer, origin: Checkpoint) -> st
     Raises: ConfigError if the weights do not belong to the model or no token is shared.
     """
     found, expected = origin.read_weights(), named_weights(model)
-    origin.check_names(found, expected)
+    check_names(origin.folder, found, expected)
     old = [origin.tokenizer.token_bytes(i) for i in range(origin.tokenizer.vocab_size)]
     new = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     old_id = {token: i for i, token in enumerate(old)}

@@ -347,7 +347,7 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
         overrides: fields of GPTConfig.
     Raises: ConfigError.
     """
-    from gptcore.checkpoint import named_weights, save_checkpoint
+    from gptcore.checkpoint import Content, Progress, named_weights, write_checkpoint
 
     run_folder = Path(run_folder)
     if run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
@@ -359,10 +359,11 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
             f"{tokenizer.vocab_size}; give the text, or the tokenizer, that it was trained with"
         )
     train = TrainConfig(out_dir=str(run_folder), data=data, tokenizer=tokenizer.kind)
-    state = {"step": 0, "elapsed_s": 0.0}
     source = {"imported": {"format": format, "path": str(path)}}
-    content = to_json(train, gpt.config, **source)
-    save_checkpoint(run_folder / "best", named_weights(gpt), tokenizer, content, state)
+    config_json = to_json(train, gpt.config, **source)
+    weights = {name: weight.detach() for name, weight in named_weights(gpt).items()}
+    content = Content(weights, {}, Progress(), tokenizer, config_json)
+    write_checkpoint(run_folder / "best", content)
     return gpt
 
 

@@ -198,9 +198,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def trim_metrics(path: Path, step: int) -> None:
+def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
     """Forget what a run did after the checkpoint it resumes from."""
-    kept = [r for r in read_metrics(path) if r["kind"] != "end" and r["step"] <= step]
+    last = {"end": -1, "eval": evaluated_step}
+    kept = [r for r in read_metrics(path) if r["step"] <= last.get(r["kind"], step)]
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -12,6 +12,9 @@ from torch import nn
 
 from gptcore.config import TrainConfig
 
+# What the optimizers keep of each parameter, once they have updated it.
+STATE_SLOTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of update number `step`, counted from 0.

@@ -12,7 +12,7 @@ import platform
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from torch import nn
 from tqdm import tqdm
 
 from gptcore import finetune, machine
-from gptcore.checkpoint import Checkpoint, named_weights, open_checkpoint, save_checkpoint
+from gptcore.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Content,
+    Progress,
+    checkpoint_folders,
+    named_weights,
+    open_checkpoint,
+    optimizer_tensors,
+)
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.flags import Settings, split_fields
@@ -59,6 +68,9 @@ class Run:
     elapsed_s: float = 0.0
     best_val_loss: float = math.inf
     best_step: int = 0
+    evaluated_step: int = -1
+    stop: threading.Event = field(default_factory=threading.Event)  # save and leave, said a signal
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @property
     def step(self) -> int:
@@ -73,6 +85,10 @@ class Evaluation:
     loss: float
     accuracy: float
     exact_match: float
+
+
+class Stopped(Exception):
+    """An evaluation was given up because the run is to save and leave."""
 
 
 # ---- preparing -------------------------------------------------------------------------------
@@ -132,7 +148,11 @@ def prepare(settings: Settings) -> Run:
             print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
     finetune.freeze(model, config.freeze)
     optimizer = make_optimizer(model, config)
-    counters = {} if checkpoint is None else _restore(checkpoint, model, optimizer)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = checkpoint.progress
+        checkpoint.load_weights(model)
+        checkpoint.load_optimizer(model, optimizer)
     dtype, dtype_reason = pick_dtype(model, corpus, config, device)
     config = config.replace(out_dir=str(_make_folder(config, preset)), resume=False)
     run = Run(
@@ -148,7 +168,7 @@ def prepare(settings: Settings) -> Run:
             config,
             device=device,
             dtype=dtype,
-            step=counters.pop("step", 0),
+            step=progress.step,
         ),
         device=device,
         dtype_reason=dtype_reason,
@@ -164,10 +184,15 @@ def prepare(settings: Settings) -> Run:
             },
             versions={"python": platform.python_version(), "torch": str(torch.__version__)},
         ),
-        **counters,
+        elapsed_s=progress.elapsed_s,
+        best_val_loss=progress.best_val_loss,
+        best_step=progress.best_step,
+        evaluated_step=progress.evaluated_step,
     )
-    (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
-    trim_metrics(run.folder / "metrics.jsonl", -1 if checkpoint is None else run.step)
+    with _disk_errors(run):
+        (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
+        step = -1 if checkpoint is None else run.step
+        trim_metrics(run.folder / "metrics.jsonl", step, run.evaluated_step)
     return run
 
 
@@ -183,8 +208,9 @@ def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
         return None
     if folder is None:
         raise ConfigError("--resume needs the run folder; add --out_dir")
-    if any((folder / name).is_dir() for name in ("last", "last.old")):
-        return open_checkpoint(folder, "last")
+    for name in ("last", "best"):  # best alone: the user has set a damaged last aside
+        if checkpoint_folders(folder, name):
+            return open_checkpoint(folder, name)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise ConfigError(f"--resume: {folder} is not a run folder; give another --out_dir")
     return None
@@ -232,33 +258,6 @@ def _make_folder(config: TrainConfig, preset: str) -> Path:
     raise ConfigError("runs/ is full; give --out_dir")
 
 
-def _restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Load weights and optimizer; returns the counters of the run."""
-    checkpoint.load_weights(model)
-    state = checkpoint.load_state()
-    options = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-        counters = {
-            "step": int(state["step"]),
-            "elapsed_s": float(state["elapsed_s"]),
-            "best_val_loss": float(state["best_val_loss"]),
-            "best_step": int(state["best_step"]),
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{checkpoint.folder}: state.pt does not fit this model: {error}"
-        ) from error
-    for group, given in zip(optimizer.param_groups, options, strict=True):
-        group.update(given)  # load_state_dict brings back the options of then
-    return counters
-
-
 # ---- one step, one evaluation ----------------------------------------------------------------
 
 
@@ -273,37 +272,55 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
     training = model.training
     model.eval()
     loss_sum = correct = count = rows_right = rows = 0
-    for idx, targets in batches:
-        logits, loss = model(idx, targets)
-        counted = targets != -100
-        tokens = counted.sum()
-        loss_sum = loss_sum + loss.double() * tokens
-        wrong = (logits.argmax(-1) != targets) & counted
-        correct = correct + tokens - wrong.sum()
-        count = count + tokens
-        rows_right = rows_right + (~wrong.any(1)).sum()
-        rows += len(targets)
-    model.train(training)
+    try:
+        for idx, targets in batches:
+            logits, loss = model(idx, targets)
+            counted = targets != -100
+            tokens = counted.sum()
+            loss_sum = loss_sum + loss.double() * tokens
+            wrong = (logits.argmax(-1) != targets) & counted
+            correct = correct + tokens - wrong.sum()
+            count = count + tokens
+            rows_right = rows_right + (~wrong.any(1)).sum()
+            rows += len(targets)
+    finally:
+        model.train(training)
     return Evaluation(float(loss_sum / count), float(correct / count), float(rows_right / rows))
 
 
 def evaluate_exactly(run: Run) -> Evaluation:
     """The whole validation split, each token once."""
-    block_size = run.model.config.block_size
-    size = max(run.config.batch_size, EVALUATION_TOKENS // block_size)
-    return evaluate(run.update.compute, run.corpus.validation(size, block_size))
+    return evaluate(run.update.compute, _validation(run))
 
 
 def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
-    """(training, validation) as --eval_mode says."""
+    """(training, validation) as --eval_mode says.
+
+    Raises: Stopped if a signal comes meanwhile.
+    """
     config, block_size = run.config, run.model.config.block_size
     if config.eval_mode == "exact":
         sample = run.corpus.training_sample(config.eval_iters, config.batch_size, block_size)
-        return evaluate(run.update.compute, sample), evaluate_exactly(run)
-    return tuple(
-        evaluate(run.update.compute, _sampled(run, split, first))
-        for first, split in enumerate(("train", "val"))
+        splits = sample, _validation(run)
+    else:
+        splits = _sampled(run, "train", 0), _sampled(run, "val", 1)
+    training, validation = (
+        evaluate(run.update.compute, _until_stopped(run, batches)) for batches in splits
     )
+    return training, validation
+
+
+def _validation(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    block_size = run.model.config.block_size
+    size = max(run.config.batch_size, EVALUATION_TOKENS // block_size)
+    return run.corpus.validation(size, block_size)
+
+
+def _until_stopped(run: Run, batches: Iterable) -> Iterator:
+    for batch in batches:
+        if run.stop.is_set():
+            raise Stopped
+        yield batch
 
 
 def _sampled(run: Run, split: str, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -332,56 +349,70 @@ def train(settings: Settings) -> Path:
     announce(run, rate)
     log = Log(run, flops_per_step(run.model, config.sequences) / rate)
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
-    resumed_at, evaluation = run.step if run.elapsed_s else None, None
-    with _stop_on_signals() as stop, log.progress_bar():
+    saved, evaluation = (run.step, run.evaluated_step), None
+    with _disk_errors(run), _stop_on_signals(run.stop), run.writer, log.progress_bar():
         while True:
+            names = ["last"]
             due = run.step % config.eval_interval == 0 or run.step >= config.max_iters
-            if due and run.step != resumed_at:
-                training, evaluation = evaluate_splits(run)
-                log.evaluated(training, evaluation)
-                if evaluation.loss < run.best_val_loss:
-                    run.best_val_loss, run.best_step = evaluation.loss, run.step
-                    save(run, "best")
-                show_sample(run)
-                log.restart_clock()
-            stopping = stop.is_set() or run.step >= config.max_iters
-            if (due or run.step % checkpoint_interval == 0 or stopping) and run.step != resumed_at:
-                save(run, "last")
+            if due and run.step != run.evaluated_step:
+                with contextlib.suppress(Stopped):
+                    training, evaluation = evaluate_splits(run)
+                    log.evaluated(training, evaluation)
+                    run.evaluated_step = run.step
+                    if evaluation.loss < run.best_val_loss:
+                        run.best_val_loss, run.best_step = evaluation.loss, run.step
+                        names = ["best", "last"]
+                    show_sample(run)
+                    log.restart_clock()
+            stopping = run.stop.is_set() or run.step >= config.max_iters
+            wanted = due or run.step % checkpoint_interval == 0 or stopping
+            if wanted and saved != (run.step, run.evaluated_step):
+                save(run, *names)
+                saved = run.step, run.evaluated_step
             if stopping:
                 break
             loss = training_step(run)
+            run.writer.check()
             log.stepped(loss)
-    log.plot()
-    if run.step < config.max_iters:
+        run.writer.wait()
+        log.plot()
+    if run.evaluated_step < config.max_iters:
         print(f"stopped at step {run.step}; go on with: {resume_command(run)}")
         raise KeyboardInterrupt
-    if evaluation is None or config.eval_mode != "exact":
-        evaluation = evaluate_exactly(run)
-    log.finished(evaluation)
+    with _disk_errors(run):
+        if evaluation is None or config.eval_mode != "exact":
+            evaluation = evaluate_exactly(run)
+        log.finished(evaluation)
     return run.folder
 
 
-def save(run: Run, name: str) -> None:
-    """Write the checkpoint `name` of the run."""
-    state = {
-        "optimizer": run.optimizer.state_dict(),
-        "step": run.step,
-        "elapsed_s": run.elapsed_s,
-        "best_val_loss": run.best_val_loss,
-        "best_step": run.best_step,
-    }
+def save(run: Run, *names: str) -> None:
+    """Begin to write the checkpoints `names` of the run, all the same.
+
+    Raises: RunError if those before could not be written.
+    """
+    fields = dataclasses.fields(Progress)
+    content = Content(
+        weights=named_weights(run.model),
+        optimizer=optimizer_tensors(run.model, run.optimizer),
+        progress=Progress(**{field.name: getattr(run, field.name) for field in fields}),
+        tokenizer=run.corpus.tokenizer,
+        config_json=run.config_json,
+    )
+    run.writer.save([run.folder / name for name in names], content)
+
+
+@contextlib.contextmanager
+def _disk_errors(run: Run) -> Iterator[None]:
+    """What the disk refuses becomes one line."""
     try:
-        save_checkpoint(
-            run.folder / name,
-            named_weights(run.model),
-            run.corpus.tokenizer,
-            run.config_json,
-            state,
-        )
+        yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise RunError(
-            f"cannot save {run.folder / name}: {error.strerror or error}; the checkpoint before "
-            f"is untouched; make room, then: {resume_command(run)}"
+            f"cannot write {error.filename or run.folder}: {error.strerror or error}; "
+            f"mend that, then: {resume_command(run)}"
         ) from error
 
 
@@ -406,11 +437,10 @@ def show_sample(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a step ends and is saved; twice kills."""
-    stop = threading.Event()
+def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop`, so that a step ends and is saved; twice kills."""
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -421,7 +451,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     for number in before:
         signal.signal(number, handle)
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

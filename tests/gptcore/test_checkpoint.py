@@ -1,34 +1,64 @@
 """A checkpoint is whole or not there, and says in one line what is wrong with it."""
 
+import contextlib
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gptcore import checkpoint as checkpoints
-from gptcore.checkpoint import named_weights, open_checkpoint, save_checkpoint
-from gptcore.config import ConfigError, GPTConfig, TrainConfig, to_json
-from gptcore.model import build_model
+from gptcore.checkpoint import (
+    CheckpointWriter,
+    Content,
+    Progress,
+    named_weights,
+    open_checkpoint,
+    optimizer_tensors,
+    write_checkpoint,
+)
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
+from gptcore.files import fingerprint
+from gptcore.model import MODELS, build_model
 from gptcore.tokenizer import CharTokenizer
+
+resource = pytest.importorskip("resource")
 
 SHAPE = GPTConfig(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=4)
 TOKENIZER = CharTokenizer("abc")
+NAMES = {model: name for name, model in MODELS.items()}
+
+
+def content_of(model, shape=SHAPE, step=7):
+    """What a checkpoint of `model` holds, an optimizer that has stepped once included."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return Content(
+        weights={name: weight.detach() for name, weight in named_weights(model).items()},
+        optimizer=optimizer_tensors(model, optimizer),
+        progress=Progress(step=step),
+        tokenizer=TOKENIZER,
+        config_json=to_json(TrainConfig(model=NAMES[type(model)]), shape),
+    )
 
 
 def save(folder, model, shape=SHAPE, step=7):
-    """A checkpoint of `model` with a little state."""
-    state = {"step": step, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}
-    config_json = to_json(TrainConfig(), shape)
-    save_checkpoint(folder, named_weights(model), TOKENIZER, config_json, state)
+    """A checkpoint of `model`, written at once."""
+    write_checkpoint(folder, content_of(model, shape, step))
 
 
 def refingerprint(folder):
     """Make the manifest agree with files changed on purpose."""
-    files = {name: checkpoints._fingerprint(folder / name) for name in checkpoints.FILES}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    files = {name: fingerprint(folder / name) for name in checkpoints.FILES}
+    manifest = {"format": checkpoints.FORMAT, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -47,14 +77,17 @@ def test_what_was_saved_comes_back(tmp_path, name, tied):
     model = build_model(name, shape)
     save(tmp_path / "best", model, shape)
     found = open_checkpoint(tmp_path)
-    assert (found.model, found.train, found.tokenizer.characters) == (shape, TrainConfig(), "abc")
+    assert (found.model, found.train.model, found.tokenizer.characters) == (shape, name, "abc")
+    assert found.progress == Progress(step=7)
     other = build_model(name, found.model)
     found.load_weights(other)
+    optimizer = torch.optim.AdamW(other.parameters(), fused=True)
+    found.load_optimizer(other, optimizer)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    state = found.load_state()
-    assert state["step"] == 7
-    assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], torch.ones(2))
+        assert optimizer.state[b].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert optimizer.state[b]["step"] == 1
+        assert torch.equal(optimizer.state[b]["exp_avg"], torch.full_like(b, 0.1))
 
 
 def test_weights_are_plain_safetensors(folder):
@@ -66,82 +99,198 @@ def test_a_run_folder_gives_best_before_last(folder):
     model = build_model("gpt", SHAPE)
     assert open_checkpoint(folder.parent).folder == folder
     save(folder.with_name("best"), model, step=3)
-    assert open_checkpoint(folder.parent).load_state()["step"] == 3
-    assert open_checkpoint(folder.parent, "last").load_state()["step"] == 7
-    assert open_checkpoint(folder).load_state()["step"] == 7  # the checkpoint itself
+    assert open_checkpoint(folder.parent).progress.step == 3
+    assert open_checkpoint(folder.parent, "last").progress.step == 7
+    assert open_checkpoint(folder).progress.step == 7  # the checkpoint itself
 
 
 def test_nothing_but_the_checkpoint_is_left(folder):
     save(folder, build_model("gpt", SHAPE), step=8)
     assert [path.name for path in folder.parent.iterdir()] == ["last"]
-    assert open_checkpoint(folder).load_state()["step"] == 8
+    assert open_checkpoint(folder).progress.step == 8
 
 
 class Killed(BaseException):
     """Stands for kill -9: no cleaning up runs after it."""
 
 
-CALLS = ["save_file", "torch.save", "_fingerprint", "_sync", "rename 1", "rename 2", "rmtree"]
+CALLS = 14  # of the file system, in one save
 
 
-@pytest.mark.parametrize("where", CALLS)
-def test_killed_at_any_point_a_whole_checkpoint_is_there(folder, monkeypatch, where):
-    """The process ends at `where`; what is on the disk then is opened, and saving goes on."""
+@pytest.mark.parametrize("number", range(CALLS + 1))
+@pytest.mark.parametrize("left_over", ["nothing", "last.old", "last.new"])
+def test_killed_at_any_point_a_whole_checkpoint_is_there(folder, monkeypatch, number, left_over):
+    """The process ends at its call `number` of the file system, which it begins and does not end.
 
-    def die(*args, **kwargs):
-        raise Killed
+    What is on the disk then is opened, and saving goes on.
+    """
+    if left_over != "nothing":  # by an earlier crash
+        shutil.copytree(folder, folder.with_name(left_over))
+        (folder.with_name(left_over) / "manifest.json").unlink()
+    calls = []
+
+    def dying(real, halfway):
+        def call(*args, **kwargs):
+            calls.append(real.__name__)
+            if len(calls) == number + 1:
+                halfway(*args)
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    def half_a_file(path, *args):
+        path.write_bytes(b"half")
+
+    def half_a_folder(path, *args):
+        if path.is_dir():
+            next(path.iterdir()).unlink()
+
+    def nothing(*args):
+        pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            shutil, "rmtree", lambda *args, **kwargs: None
-        )  # a dead process cleans nothing
-        if where == "torch.save":
-            patch.setattr(torch, "save", die)
-        elif where.startswith("rename"):
-            left = [int(where[-1])]
-            real = type(folder).rename
-
-            def rename(self, target):
-                left[0] -= 1
-                return real(self, target) if left[0] else die()
-
-            patch.setattr(type(folder), "rename", rename)
-        elif where == "rmtree":
-            done = []
-
-            def rmtree(path, **kwargs):
-                done.append(path)
-                return die() if str(path).endswith(".old") else None
-
-            patch.setattr(shutil, "rmtree", rmtree)
-        else:
-            patch.setattr(checkpoints, where, die)
-        if where == "rmtree":
-            folder.with_name("last.old").mkdir()  # left by an earlier crash
-        with pytest.raises(Killed):
+        for module, name, halfway in (
+            (checkpoints, "write_tensors", half_a_file),
+            (checkpoints, "write_text", half_a_file),
+            (checkpoints, "sync_folder", nothing),
+            (type(folder), "mkdir", nothing),
+            (type(folder), "rename", nothing),
+            (shutil, "rmtree", half_a_folder),
+        ):
+            patch.setattr(module, name, dying(getattr(module, name), halfway))
+        with pytest.raises(Killed) if number < CALLS else contextlib.nullcontext():
             save(folder, build_model("gpt", SHAPE), step=8)
-    expected = {7, 8} if where == "rmtree" else {7}
-    assert open_checkpoint(folder.parent, "last").load_state()["step"] in expected
+    if number < CALLS:
+        step = 8 if calls.count("rename") == 2 and calls[-1] != "rename" else 7
+        assert open_checkpoint(folder.parent, "last").progress.step == step
+    else:
+        assert len(calls) == CALLS
     save(folder, build_model("gpt", SHAPE), step=9)
-    assert open_checkpoint(folder.parent, "last").load_state()["step"] == 9
+    assert open_checkpoint(folder.parent, "last").progress.step == 9
     assert [path.name for path in folder.parent.iterdir()] == ["last"]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(folder, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow beyond 1,000 bytes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left"):
-            save(folder, build_model("gpt", SHAPE), step=8)
-    assert open_checkpoint(folder.parent).load_state()["step"] == 7
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nothing can be made in `folder`, not even by root, who is someone else meanwhile."""
+    folder.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_that_refuses_leaves_the_checkpoint_before(folder, trouble):
+    content = content_of(build_model("gpt", SHAPE), step=8)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = {"full": "File too large", "read-only": "Permission denied"}[trouble]
+    with pytest.raises(RunError, match="^cannot save [^\n]*--resume$") as error:
+        with full_disk() if trouble == "full" else read_only(folder.parent):
+            write_checkpoint(folder, content)
+    assert words in str(error.value) and "the checkpoint before is untouched" in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["last"]
+
+
+# ---- written meanwhile -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """An event without which no checkpoint gets written."""
+    go = threading.Event()
+
+    def waiting(*args):
+        assert go.wait(60)
+        return write_checkpoint(*args)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", waiting)
+    yield go
+    go.set()
+
+
+def test_the_step_does_not_wait_and_cannot_change_what_is_written(folder, slow_disk):
+    model = build_model("gpt", SHAPE)
+    content = content_of(model, step=8)
+    expected = {name: weight.clone() for name, weight in content.weights.items()}
+    with CheckpointWriter() as writer:
+        writer.save([folder, folder.with_name("best")], content)  # returns while the disk is stuck
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.fill_(-1.0)  # the next step
+        assert open_checkpoint(folder).progress.step == 7
+        slow_disk.set()
+    for name in ("last", "best"):
+        found = open_checkpoint(folder.parent, name)
+        assert found.progress.step == 8
+        weights = found.read_weights()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_one_save_at_a_time(folder, slow_disk):
+    """The second one waits for the first, and both copies use the same memory."""
+    first, second = (content_of(build_model("gpt", SHAPE), step=step) for step in (8, 9))
+    writer = CheckpointWriter()
+    writer.save([folder], first)
+    addresses = [buffer.data_ptr() for buffer in writer._buffers.values()]
+    later = threading.Timer(0.2, slow_disk.set)
+    later.start()
+    writer.save([folder], second)
+    assert slow_disk.is_set()  # it did wait
+    writer.wait()
+    assert open_checkpoint(folder).progress.step == 9
+    assert [buffer.data_ptr() for buffer in writer._buffers.values()] == addresses
+    later.join()
+
+
+@pytest.mark.parametrize("how", ["save", "wait", "check", "exit"])
+def test_what_went_wrong_in_the_thread_is_told(folder, how):
+    content = content_of(build_model("gpt", SHAPE), step=8)
+    writer = CheckpointWriter()
+    with full_disk():
+        writer.save([folder], content)
+        writer._thread.join()
+    with pytest.raises(RunError, match="cannot save .*last: File too large"):
+        if how == "exit":
+            with writer:
+                pass
+        else:
+            {"save": lambda: writer.save([folder], content)}.get(how, getattr(writer, how))()
+    writer.wait()  # told once
+    assert open_checkpoint(folder).progress.step == 7
+
+
+def test_an_error_outside_is_not_hidden_by_one_of_the_disk(folder):
+    with full_disk(), pytest.raises(ZeroDivisionError), CheckpointWriter() as writer:
+        writer.save([folder], content_of(build_model("gpt", SHAPE)))
+        raise ZeroDivisionError
+
+
+# ---- what is refused -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*checkpoints.FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty"])
-def test_damage_is_named(folder, name, damage):
+def test_damage_is_named_and_the_way_on_works(folder, name, damage):
+    """One line, ending in a command after which the other checkpoint is taken."""
+    shutil.copytree(folder, folder.with_name("last.old"))
     path = folder / name
     content = path.read_bytes()
     if damage == "missing":
@@ -151,16 +300,12 @@ def test_damage_is_named(folder, name, damage):
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
-    shutil.copytree(folder, folder.with_name("best"))
-    with pytest.raises(ConfigError, match="^[^\n]*$") as error:
+    with pytest.raises(ConfigError, match=f"^[^\n]*{name}[^\n]*$") as error:
         open_checkpoint(folder.parent, "last")
-    assert (
-        "damaged" in str(error.value)
-        or "cannot be read" in str(error.value)
-        or ("no valid manifest" in str(error.value) or "no checkpoint" in str(error.value))
-    )
-    if name != "manifest.json" and damage != "missing":
-        assert f"{name} is damaged" in str(error.value) and "best" in str(error.value)
+    assert f"to go on from {folder}.old" in str(error.value)
+    subprocess.run(str(error.value).split("set this one aside: ")[1], shell=True, check=True)
+    assert open_checkpoint(folder.parent, "last").folder == folder.with_name("last.old")
+    assert folder.with_name("last.damaged").is_dir()  # nothing is overwritten
 
 
 def test_foreign_folders(tmp_path):
@@ -175,52 +320,106 @@ def test_foreign_folders(tmp_path):
 
 def test_a_later_format_is_named(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(ConfigError, match="format 2; this version reads 1"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(ConfigError, match="format 3; this version reads 2"):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"x": torch.ones(1)}, "names differ"),
-        ("other shapes", r"is \(3, 4\), must be \(3, 8\)"),
-        (b"not safetensors", "model.safetensors is damaged"),
-    ],
-    ids=["names", "shapes", "bytes"],
-)
-def test_weights_that_do_not_fit(folder, weights, message):
-    """Someone exchanged the weights and the manifest, not by accident."""
-    path = folder / "model.safetensors"
-    if isinstance(weights, bytes):
-        path.write_bytes(weights)
-    elif isinstance(weights, dict):
-        save_file(weights, path)
-    refingerprint(folder)
-    shape = SHAPE.replace(n_embd=8) if weights == "other shapes" else SHAPE
-    model = build_model("gpt", shape)
-    before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ConfigError, match=message):
-        open_checkpoint(folder).load_weights(model)
-    assert all(map(torch.equal, before, model.parameters()))  # nothing half-loaded
-
-
-class Bomb:
-    """Runs code when unpickled."""
-
-    def __reduce__(self):
-        return (pytest.fail, ("the pickle ran code",))
-
-
-@pytest.mark.parametrize("how", ["torch", "pickle", "text"])
-def test_state_cannot_run_code(folder, how):
-    path = folder / "state.pt"
-    if how == "torch":
-        torch.save({"step": Bomb()}, path)
-    elif how == "pickle":
-        path.write_bytes(pickle.dumps(Bomb()))
+def exchange(folder, name, change):
+    """Someone exchanged a file and the manifest, not by accident."""
+    path = folder / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
     else:
-        path.write_text("hello")
+        save_file(change(load_file(path)), path)
     refingerprint(folder)
-    with pytest.raises(ConfigError, match="state.pt is damaged"):
-        open_checkpoint(folder).load_state()
+
+
+def config_with(**fields):
+    return lambda content: {**content, "model": {**content["model"], **fields}}
+
+
+IMPOSSIBLE = 10**9
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", lambda w: {"x": torch.ones(1)}, "names differ"),
+        (
+            "model.safetensors",
+            lambda w: {**w, "ln_f.weight": torch.ones(5)},
+            r"ln_f.weight is \(5,\), must be \(4,\)",
+        ),
+        ("model.safetensors", lambda w: {**w, "ln_f.weight": torch.ones(4, dtype=int)}, "got I64"),
+        ("config.json", config_with(n_embd=8), "must be"),
+        ("config.json", config_with(n_embd=IMPOSSIBLE), "impossible model"),
+        ("config.json", config_with(n_embd=2**62), "impossible model"),
+        ("config.json", config_with(n_embd=10**400), "impossible model"),
+        ("config.json", config_with(n_layer=IMPOSSIBLE), "of them for n_layer 1000000000"),
+        ("config.json", config_with(n_head=IMPOSSIBLE, head_size=1), "must be"),
+        ("config.json", config_with(block_size=IMPOSSIBLE), "must be"),
+        ("config.json", config_with(vocab_size=2), "tokenizer has 3 tokens, the model only 2"),
+        ("config.json", config_with(vocab_size=4), "must be"),
+        ("config.json", lambda c: {**c, "train": {"model": "naive"}}, "names differ"),
+        ("tokenizer.json", lambda t: {"kind": "bytes"}, "tokenizer has 256 tokens"),
+        ("tokenizer.json", lambda t: {"kind": "char", "characters": "ba"}, "sorted"),
+        ("state.json", lambda s: {**s, "step": -1}, "step must be"),
+        ("state.json", lambda s: {**s, "elapsed_s": "1"}, "elapsed_s must be"),
+        ("state.json", lambda s: {**s, "more": 1}, "more"),
+        ("state.json", lambda s: [1], "state.json must be an object"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_model_is_built(folder, name, change, message):
+    exchange(folder, name, change)
+    with pytest.raises(ConfigError, match=message) as error:
+        open_checkpoint(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: {}, None),
+        (lambda o: {"x/exp_avg": torch.ones(1)}, "names differ"),
+        (lambda o: {**o, "ln_f.weight/exp_avg": torch.ones(3)}, "must be"),
+        (lambda o: {**o, "ln_f.weight/step": torch.ones(1)}, "must be"),
+    ],
+    ids=["none yet", "names", "shapes", "no scalar"],
+)
+def test_state_of_another_optimizer(folder, change, message):
+    exchange(folder, "optimizer.safetensors", change)
+    model = build_model("gpt", SHAPE)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        open_checkpoint(folder).load_optimizer(model, optimizer)
+    assert not optimizer.state
+
+
+def test_weights_of_another_model_are_not_half_loaded(folder):
+    model = build_model("gpt", SHAPE.replace(n_embd=8))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ConfigError, match=r"is \(3, 4\), must be \(3, 8\)"):
+        open_checkpoint(folder).load_weights(model)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_header_that_claims_terabytes(folder):
+    path = folder / "model.safetensors"
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    refingerprint(folder)
+    with pytest.raises(ConfigError, match="model.safetensors: damaged"):
+        open_checkpoint(folder)
+
+
+def test_nothing_of_a_checkpoint_is_unpickled(folder, monkeypatch):
+    """Not even where only tensors may be in it: a pickle may ask for any amount of memory."""
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load"))
+    monkeypatch.setattr(pickle, "loads", lambda *args, **kwargs: pytest.fail("pickle.loads"))
+    model = build_model("gpt", SHAPE)
+    found = open_checkpoint(folder)
+    found.load_weights(model)
+    found.load_optimizer(model, torch.optim.AdamW(model.parameters()))
