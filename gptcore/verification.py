@@ -1,7 +1,7 @@
 """The whole model's rows of `python -m kernels.verify`: GPT against NaiveGPT.
 
-`kernels` does not know `gptcore`; importing this module registers its check, and the certificate
-imports it where it is installed.
+`kernels` does not know `gptcore`; importing this module registers its check and the damages that
+prove it, and the certificate imports it where it is installed.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from gptcore.config import GPTConfig
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
 from kernels.checks import DTYPES, Result, Settings, Tensors, compare_all, register_check
+from kernels.damages import Damage, register_damages
 from kernels.rng import make_key
 
 # GELU: in a model so small, one ReLU that rounds to the other side is a tenth of a gradient.
@@ -93,4 +94,28 @@ def check_model(settings: Settings, backend: str, dtype: str) -> Iterator[Result
         yield Result("GPT", name, dtype, backend, "accuracy", passed, "", comparisons)
 
 
+def _damage(what: str, old: str, new: str) -> Damage:
+    return Damage("GPT", "eager", what, old, new, package="gptcore")
+
+
+DAMAGES = (
+    _damage(
+        "the site of attention's dropout off by one",
+        '"site": layer_site(layer, "attention")',
+        '"site": 1 + layer_site(layer, "attention")',
+    ),
+    _damage(
+        "a residual connection missing",
+        "self._residual(block.mlp_out, h, x, ",
+        "self._residual(block.mlp_out, h, 0 * x, ",
+    ),
+    _damage(
+        "heads in the wrong order",
+        "copy(linear.weight, weight[which, h])",
+        "copy(linear.weight, weight[which, h - 1])",
+    ),
+    _damage("the scale of another rule", '"scale": config.scale', '"scale": config.D**-0.5'),
+)
+
 register_check("GPT", check_model)
+register_damages(*DAMAGES)

@@ -2,9 +2,10 @@
 
     python -m kernels.verify --self-test
 
-A damage replaces text of a module of this package while Python imports it, in a process of its
-own; no file changes. Run as a script, with the number of a damage, this file is that process: it
-imports nothing of the package before the damage is in place.
+A damage replaces text of a module while Python imports it, in a process of its own; no file
+changes. Run as a script, with a damage as JSON, this file is that process: it imports nothing of
+the package before the damage is in place. Packages built on the ops add damages to what they add
+to the certificate, by `register_damages`.
 """
 
 import importlib.abc
@@ -19,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+HOLD_DAMAGES = ("damages.py", "verification.py")  # files that quote what they damage
 
 
 @dataclass(frozen=True)
 class Damage:
-    """`old`, which occurs `count` times in the package's sources, becomes `new`."""
+    """`old`, which occurs `count` times in the sources of `package`, becomes `new`."""
 
     op: str
     backend: str
@@ -32,6 +34,7 @@ class Damage:
     old: str
     new: str
     count: int = 1
+    package: str = "kernels"
 
 
 DAMAGES = (
@@ -225,10 +228,27 @@ DAMAGES = (
 )
 
 
+_registered: list[Damage] = []
+
+
+def register_damages(*damages: Damage) -> None:
+    """Have the self-test try `damages` too; their op is a name given to `register_check`."""
+    _registered.extend(damage for damage in damages if damage not in _registered)
+
+
+def all_damages() -> tuple[Damage, ...]:
+    """Those to the ops, then the registered ones."""
+    return (*DAMAGES, *_registered)
+
+
 def occurrences(damage: Damage) -> int:
-    """How often the text that `damage` replaces stands in the package, this file left out."""
-    files = (path for path in PACKAGE.glob("*.py") if path != Path(__file__).resolve())
-    return sum(path.read_text().count(damage.old) for path in files)
+    """How often the text that `damage` replaces stands in its package."""
+    files = (ROOT / damage.package).glob("*.py")
+    return sum(path.read_text().count(damage.old) for path in files if _damageable(path))
+
+
+def _damageable(path: Path) -> bool:
+    return path.is_file() and path.name not in HOLD_DAMAGES
 
 
 # --------------------------------------------------------------------- the process of one damage
@@ -252,9 +272,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         self.damage = damage
 
     def find_spec(self, fullname, path, target=None):
-        name = fullname.removeprefix(f"{PACKAGE.name}.")
-        file = PACKAGE / f"{name}.py"
-        if name == fullname or not file.exists() or self.damage.old not in file.read_text():
+        package, _, name = fullname.partition(".")
+        file = ROOT / package / f"{name}.py"
+        if package != self.damage.package or not _damageable(file):
+            return None
+        if self.damage.old not in file.read_text():
             return None
         loader = _Loader(fullname, str(file))
         loader.damage = self.damage
@@ -263,12 +285,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _run_damaged(damage: Damage) -> None:
     """Print, as JSON, the first check that fails with `damage` in place; {} if none does."""
-    sys.path[0] = str(PACKAGE.parent)
+    sys.path[0] = str(ROOT)
     sys.meta_path.insert(0, _Finder(damage))
     import torch
 
-    from kernels import checks
+    from kernels import checks, verify
 
+    verify.load_plugins()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = checks.Settings(device, (damage.backend,), ("float32",), full=False, seed=0)
@@ -298,7 +321,7 @@ def try_damage(damage: Damage) -> dict[str, str]:
 
     if damage.backend == "triton" and not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, __file__, str(DAMAGES.index(damage))]
+    command = [sys.executable, __file__, json.dumps(asdict(damage))]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         return {"detail": (result.stderr.strip().splitlines() or ["no message"])[-1]}
@@ -310,7 +333,7 @@ def self_test(ops: Sequence[str] | None = None, json_path: Path | None = None) -
     """Try every damage, or those to `ops`; print what caught each. 0 if all were, else 1."""
     from kernels.command_line import table
 
-    damages = [damage for damage in DAMAGES if not ops or damage.op in ops]
+    damages = [damage for damage in all_damages() if not ops or damage.op in ops]
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
         outcomes = list(pool.map(try_damage, damages))
     rows = []
@@ -332,4 +355,4 @@ def self_test(ops: Sequence[str] | None = None, json_path: Path | None = None) -
 
 
 if __name__ == "__main__":
-    _run_damaged(DAMAGES[int(sys.argv[1])])
+    _run_damaged(Damage(**json.loads(sys.argv[1])))

@@ -148,7 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--backend triton needs the triton package; pip install triton")
     has_gpu = torch.cuda.is_available()
     if options.self_test:
-        parser.check_known("--ops with --self-test", options.ops or (), checks.OPS)
         return damages.self_test(options.ops, options.json)
     if "triton" in options.backend and not has_gpu and not backend.interpreting():
         print("No GPU: starting again under Triton's interpreter (TRITON_INTERPRET=1).")
@@ -164,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_plugins() -> None:
-    """Import those PLUGINS that are installed; they call `checks.register_check`."""
+    """Import those PLUGINS that are installed; they register their checks and damages."""
     for name in PLUGINS:
         package = name.partition(".")[0]
         if importlib.util.find_spec(package) and importlib.util.find_spec(name):

@@ -199,15 +199,16 @@ def test_an_exception_is_a_failed_result(monkeypatch):
 
 
 def test_every_op_has_two_damages_and_each_applies():
-    for op in checks.OPS:
-        assert sum(damage.op == op for damage in damages.DAMAGES) >= 2
-    misfits = {d.what: damages.occurrences(d) for d in damages.DAMAGES}
-    assert {d.what: d.count for d in damages.DAMAGES} == misfits
+    for op in (*checks.OPS, "GPT"):
+        assert sum(damage.op == op for damage in damages.all_damages()) >= 2
+    misfits = {d.what: damages.occurrences(d) for d in damages.all_damages()}
+    assert {d.what: d.count for d in damages.all_damages()} == misfits
 
 
 def test_a_damage_that_slips_through_fails_the_self_test(monkeypatch, capsys):
     harmless = damages.Damage("layer_norm", "eager", "nothing", "no text", "no text")
     monkeypatch.setattr(damages, "DAMAGES", (harmless,))
+    monkeypatch.setattr(damages, "_registered", [])
     monkeypatch.setattr(damages, "try_damage", lambda damage: {})
     assert damages.self_test() == 1
     output = capsys.readouterr().out
@@ -219,14 +220,16 @@ def test_a_damage_that_does_not_apply_says_so():
     assert "must occur 1 times" in damages.try_damage(absent)["detail"]
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "dropout_keep_mask"])
+@pytest.mark.parametrize("op", ["layer_norm", "dropout_keep_mask", "GPT"])
 def test_a_damage_is_caught(op):
-    damage = next(d for d in damages.DAMAGES if d.op == op and d.backend == "eager")
+    damage = next(d for d in damages.all_damages() if d.op == op and d.backend == "eager")
     assert "check" in damages.try_damage(damage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", damages.DAMAGES, ids=lambda d: f"{d.op}-{d.backend}-{d.what}")
+@pytest.mark.parametrize(
+    "damage", damages.all_damages(), ids=lambda d: f"{d.op}-{d.backend}-{d.what}"
+)
 def test_all_damages_are_caught(damage):
     assert "check" in damages.try_damage(damage)
 
