@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_saved
+from gptcore.distributed import cut_like
 from gptcore.files import (
     fingerprint,
     read_json,
@@ -150,7 +151,10 @@ class Checkpoint:
         optimizer.state.clear()
         for parameter, name in names.items() if shapes else ():
             optimizer.state[parameter] = {
-                slot: tensors[f"{name}/{slot}"].to(parameter.device, torch.float32, copy=True)
+                slot: cut_like(
+                    parameter,
+                    tensors[f"{name}/{slot}"].to(parameter.device, torch.float32, copy=True),
+                )
                 for slot in slots
             }
 

@@ -215,6 +215,11 @@ class TrainConfig:
     )
     compile: bool = _option(False, "run the model through torch.compile")
     cuda_graph: bool = _option(True, "on a GPU, capture the whole step in one CUDA graph")
+    parallel: str = _option(
+        "auto",
+        "between the processes of torchrun: ddp or fsdp; auto: ddp",
+        choices=("auto", "ddp", "fsdp"),
+    )
     log: str = _option(
         "none", "metrics also to tensorboard or wandb", choices=("none", "tensorboard", "wandb")
     )

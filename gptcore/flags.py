@@ -9,7 +9,9 @@ Nothing here imports torch, so that `--help` and a mistyped flag answer at once.
 
 import argparse
 import dataclasses
+import os
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from gptcore.config import (
     suggestion,
 )
 from gptcore.presets import PRESETS
+
+OWN_ERROR_S = 5.0  # a rank above 0 waits so long before it takes an error for its own
 
 
 def _model_fields() -> tuple[dataclasses.Field, ...]:
@@ -221,15 +225,23 @@ def read_toml(path: str) -> dict[str, Any]:
     return values
 
 
+def _report(error: Exception) -> None:
+    """One line on stderr; of what all processes of torchrun met, from the first one alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(OWN_ERROR_S)  # if rank 0 has the same to say, torchrun ends this process now
+    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+
+
 def run_command(command: Callable[[], int]) -> int:
     """The exit code of a command line; what a user can mend is one line on stderr."""
     try:
         return command()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(error)
         return 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(error)
         return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 1

@@ -44,7 +44,10 @@ class Log:
         self.path = run.folder / "metrics.jsonl"
         settings = json.loads(run.config_json)
         self.track = open_tracker(
-            run.config.log, run.folder, settings["train"] | settings["model"], run.step
+            "none" if run.world.rank else run.config.log,
+            run.folder,
+            settings["train"] | settings["model"],
+            run.step,
         )
         self.bar: tqdm | None = None
         self.started = time.perf_counter() - run.elapsed_s
@@ -57,7 +60,11 @@ class Log:
         """Steps done, steps a second and the time left; silent where there is no terminal."""
         run = self.run
         with tqdm(
-            total=run.config.max_iters, initial=run.step, unit="step", disable=None, leave=False
+            total=run.config.max_iters,
+            initial=run.step,
+            unit="step",
+            disable=True if run.world.rank else None,
+            leave=False,
         ) as self.bar:
             yield
 
@@ -171,6 +178,8 @@ class Log:
 
     def write(self, **record) -> None:
         """Append one object to metrics.jsonl; a value that is no number becomes null."""
+        if self.run.world.rank:
+            return
         clean = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
@@ -181,6 +190,8 @@ class Log:
 
     def plot(self) -> None:
         """loss.png from metrics.jsonl."""
+        if self.run.world.rank:
+            return
         self.plotted = time.perf_counter()
         plot_losses(self.path, self.run.folder / "loss.png")
 
@@ -233,6 +244,12 @@ def _where_tokens_are(corpus: Corpus | Arithmetic) -> str:
     return words
 
 
+def _shared(run: Run) -> str:
+    """How many processes there are, in words."""
+    world = run.world
+    return f"; shared by {world.size} processes, {world.parallel}" if world.parallel else ""
+
+
 def announce(run: Run, rate: float) -> None:
     """What is about to be trained, on what."""
     config, corpus, shape = run.config, run.corpus, run.model.config
@@ -250,7 +267,7 @@ def announce(run: Run, rate: float) -> None:
         f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
         f"device  {machine.describe(run.device)}, matrix products {rate / 1e9:,.0f} GFLOP/s\n"
         f"step    {str(run.update.dtype).removeprefix('torch.')}: {run.dtype_reason}; "
-        f"{run.update.how}\n"
+        f"{run.update.how}{_shared(run)}\n"
         f"run     {run.folder}, steps {run.step} to {config.max_iters} of "
         f"{config.sequences} x {shape.block_size} tokens"
     )

@@ -16,9 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gptcore.checkpoint import named_weights
 from gptcore.config import TrainConfig
 from gptcore.data import BatchStream
-from gptcore.model import GPT
+from gptcore.distributed import ALONE, Rounded, World, engine, synchronised, whole
+from gptcore.model import build_model
 from gptcore.optim import apply_schedule
 from kernels.rng import make_key
 
@@ -67,8 +69,9 @@ class Step:
         corpus: has batch(key, size, block_size) -> idx, targets.
         dtype: of the computation, float32 or bfloat16.
         step: updates done so far.
+        world: the processes that share each update; with FSDP `model` is sharded.
     Attributes:
-        compute: the module that forward runs: `model`, or its copy in `dtype`.
+        compute: the module that forward runs: `model`, or what computes it in `dtype`.
         eager_reason: why no CUDA graph is used, None if one is.
     """
 
@@ -82,23 +85,31 @@ class Step:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         step: int = 0,
+        world: World = ALONE,
     ):
         self.model, self.optimizer, self.corpus, self.config = model, optimizer, corpus, config
-        self.device, self.dtype, self.step = device, dtype, step
-        self.half = HalfCopy(model, dtype) if dtype != torch.float32 else None
-        self.compute = self.half.model if self.half else model
-        self.forward = loss_function(self.compute, config)
+        self.device, self.dtype, self.step, self.world = device, dtype, step, world
+        self.half, self.compute = None, model
+        if dtype != torch.float32 and world.parallel is None:
+            self.half = HalfCopy(model, dtype)
+            self.compute = self.half.model
+        elif dtype != torch.float32 and world.parallel == "ddp":
+            self.compute = Rounded(model, dtype)
+        self.engine = engine(compiled(self.compute, config), world)
+        self.forward = loss_function(self.engine, config)
         self.block_size = model.config.block_size
         self.key = make_key(config.seed, step, 0, device)
+        self.micro_batches = world.micro_batches(config)
         self.offsets = {
             first: torch.tensor([0, 0, first], device=device)
-            for first in range(config.batch_size, config.sequences, config.batch_size)
+            for first, _ in self.micro_batches
+            if first
         }
         self.stream, self.fetched = None, {}
         if hasattr(corpus, "train") and corpus.train.device.type == "cpu":
             self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.eager_reason = eager_reason(config, device)
+        self.eager_reason = eager_reason(config, device, world)
         self.updates, self.graph, self.loss = 0, None, None
 
     @property
@@ -107,6 +118,20 @@ class Step:
         if self.eager_reason is None:
             return "captured in one CUDA graph"
         return f"eager, because {self.eager_reason}"
+
+    def whole_model(self) -> nn.Module | None:
+        """A model to sample from, on rank 0; every rank calls this."""
+        if self.world.parallel != "fsdp" and not isinstance(self.compute, Rounded):
+            return self.compute
+        weights = whole(named_weights(self.model), self.world)
+        if self.world.rank:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(self.config.model, self.model.config)
+        with torch.no_grad():
+            for name, weight in named_weights(model).items():
+                weight.copy_(weights[name])
+        return model.to(self.device, self.dtype)
 
     def __call__(self) -> torch.Tensor:
         """One update; returns the mean loss before it, on the device.
@@ -146,18 +171,21 @@ class Step:
         """The update itself; nothing in it waits for the device."""
         config, total = self.config, None
         micro_batches = []
-        for first in range(0, config.sequences, config.batch_size):
+        for first, rows in self.micro_batches:
             key = self.key + self.offsets[first] if first else self.key
-            micro_batches.append((*self._batch(key, first), key))
-        shares = _shares(micro_batches)
+            micro_batches.append((*self._batch(key, first, rows), key))
+        shares = self._shares(micro_batches)
         for micro_batch, share in zip(micro_batches, shares, strict=True):
-            _, loss = self.forward(*micro_batch)
-            if share is not None:
-                loss = loss * share
-            loss.backward()
+            with synchronised(self.engine, self.world, last=micro_batch is micro_batches[-1]):
+                _, loss = self.forward(*micro_batch)
+                if share is not None:
+                    loss = loss * share
+                loss.backward()
             if self.half:
                 self.half.move_gradients()
             total = loss.detach() if total is None else total + loss.detach()
+        if self.world.size > 1:  # the engines average gradients; so is the loss
+            total = self.world.sum(total) / self.world.size
         if config.grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
         self.optimizer.step()
@@ -169,42 +197,51 @@ class Step:
 
     def _fetch(self) -> None:
         """Bring this update's batches from the host to where a captured update reads them."""
-        for first in range(0, self.config.sequences, self.config.batch_size):
-            batch = self.stream.batch(self.step, first, self.config.batch_size)
+        for first, rows in self.micro_batches:
+            batch = self.stream.batch(self.step, first, rows)
             if first not in self.fetched:
                 self.fetched[first] = tuple(x.contiguous() for x in batch)
             for buffer, x in zip(self.fetched[first], batch, strict=True):
                 buffer.copy_(x)
 
-    def _batch(self, key, first):
+    def _batch(self, key, first, rows):
         """idx, targets of one micro-batch."""
         if self.fetched:
             return self.fetched[first]
         if self.stream is not None:
-            return self.stream.batch(self.step, first, self.config.batch_size)
-        return self.corpus.batch(key, self.config.batch_size, self.block_size)
+            return self.stream.batch(self.step, first, rows)
+        return self.corpus.batch(key, rows, self.block_size)
+
+    def _shares(self, micro_batches) -> list[torch.Tensor | None]:
+        """Each micro-batch's part of the step's targets that count, times the processes.
+
+        A mean of means would be another loss.
+        """
+        if len(micro_batches) == self.world.size == 1:
+            return [None]
+        counts = torch.stack([(targets != -100).sum() for _, targets, _ in micro_batches])
+        total = self.world.sum(counts.sum())
+        return list((counts * self.world.size / total).unbind())
 
 
-def _shares(micro_batches) -> list[torch.Tensor | None]:
-    """Each micro-batch's part of the targets that count; a mean of means would be another loss."""
-    if len(micro_batches) == 1:
-        return [None]
-    counts = torch.stack([(targets != -100).sum() for _, targets, _ in micro_batches])
-    return list((counts / counts.sum()).unbind())
+def compiled(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """`model` through torch.compile where --compile says so."""
+    return torch.compile(model) if config.compile else model
 
 
-def loss_function(model: nn.Module, config: TrainConfig) -> Callable:
+def loss_function(forward: nn.Module, config: TrainConfig) -> Callable:
     """(idx, targets, key) -> (_, loss); the GPT then never holds all logits."""
-    forward = torch.compile(model) if config.compile else model
-    if isinstance(model, GPT):
+    if config.model == "gpt":
         return functools.partial(forward, return_logits=False)
     return forward
 
 
-def eager_reason(config: TrainConfig, device: torch.device) -> str | None:
+def eager_reason(config: TrainConfig, device: torch.device, world: World = ALONE) -> str | None:
     """Why updates are not replayed from a CUDA graph; None if they are."""
     if device.type != "cuda":
         return f"a {device.type.upper()} has no CUDA graphs"
+    if world.parallel is not None:
+        return f"what --parallel {world.parallel} sends between processes is not captured"
     if config.model != "gpt":
         return f"--model {config.model} reads its dropout key on the host"
     if config.optimizer != "adamw":
@@ -238,7 +275,8 @@ def pick_dtype(
     for _ in range(3):
         for dtype, contestant in contestants.items():
             start = time.perf_counter()
-            loss_function(contestant, config)(idx, targets, key)[1].backward()
+            forward = loss_function(compiled(contestant, config), config)
+            forward(idx, targets, key)[1].backward()
             best[dtype] = min(best[dtype], time.perf_counter() - start)
             contestant.zero_grad(set_to_none=True)
     float32_ms, bfloat16_ms = (1e3 * best[dtype] for dtype in contestants)

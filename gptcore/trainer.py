@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gptcore import finetune, machine
+from gptcore import distributed, finetune, machine
 from gptcore.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -33,10 +33,12 @@ from gptcore.checkpoint import (
 )
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
+from gptcore.distributed import ALONE, Vote, World, whole
 from gptcore.flags import Settings, split_fields
 from gptcore.generation import generate
 from gptcore.log import Log, announce, resume_command, trim_metrics
-from gptcore.model import build_model
+from gptcore.model import GPT, build_model
+from gptcore.naive import NaiveGPT
 from gptcore.optim import make_optimizer
 from gptcore.step import Step, pick_dtype
 from gptcore.tasks import Arithmetic, task_of
@@ -63,6 +65,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     update: Step
     device: torch.device
+    world: World
     dtype_reason: str
     config_json: str
     elapsed_s: float = 0.0
@@ -71,6 +74,13 @@ class Run:
     evaluated_step: int = -1
     stop: threading.Event = field(default_factory=threading.Event)  # save and leave, said a signal
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
+
+    def __post_init__(self):
+        self.vote = Vote(self.world)
+
+    def asked_to_stop(self) -> bool:
+        """Whether to save and leave; all processes call this equally often and agree."""
+        return self.vote(self.stop.is_set())
 
     @property
     def step(self) -> int:
@@ -94,15 +104,17 @@ class Stopped(Exception):
 # ---- preparing -------------------------------------------------------------------------------
 
 
-def prepare(settings: Settings) -> Run:
+def prepare(settings: Settings, world: World = ALONE) -> Run:
     """Everything up to the first step; the run folder is made last, when nothing can fail.
 
+    Args:
+        world: the processes that call this together.
     Raises: ConfigError on anything wrong with the settings, the data or the folder.
     """
-    device = machine.pick_device(settings.given.get("device", "auto"))
+    device = world.device or machine.pick_device(settings.given.get("device", "auto"))
     config, model_fields = settings.merged(device.type)
     preset = settings.resolved_preset(device.type)
-    checkpoint = _checkpoint_to_resume(config)
+    checkpoint = _checkpoint_to_resume(config, world)
     if checkpoint is not None:
         config, model_fields = _resumed_settings(checkpoint, settings)
         preset = checkpoint.config.get("preset", preset)
@@ -110,6 +122,7 @@ def prepare(settings: Settings) -> Run:
     if config.init_from is not None and checkpoint is None:
         origin = open_checkpoint(config.init_from)
         config, model_fields = finetune.adopt(origin, config, settings.given)
+    world.check(config)
     check_tracker(config.log)
     task = task_of(config, device)
     text = task.text if task else load_data(config.data)
@@ -141,20 +154,26 @@ def prepare(settings: Settings) -> Run:
     corpus.check_block(model_config.block_size)
 
     torch.manual_seed(config.seed)
-    model = build_model(config.model, model_config).to(device)
+    model = build_model(config.model, model_config)
+    if world.parallel != "fsdp":
+        model.to(device)
     if origin is not None:
         print(f"from    {origin.folder}: {finetune.initialise(model, tokenizer, origin)}")
         if "learning_rate" not in settings.given:
             print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
     finetune.freeze(model, config.freeze)
+    if checkpoint is not None:
+        checkpoint.load_weights(model)
+    dtype, dtype_reason = world.from_rank_0(lambda: pick_dtype(model, corpus, config, device))
+    if world.parallel == "fsdp":
+        distributed.fully_shard(model, dtype, world)
     optimizer = make_optimizer(model, config)
     progress = Progress()
     if checkpoint is not None:
         progress = checkpoint.progress
-        checkpoint.load_weights(model)
         checkpoint.load_optimizer(model, optimizer)
-    dtype, dtype_reason = pick_dtype(model, corpus, config, device)
-    config = config.replace(out_dir=str(_make_folder(config, preset)), resume=False)
+    folder = world.from_rank_0(lambda: _make_folder(config, preset))
+    config = config.replace(out_dir=str(folder), resume=False, parallel="auto")
     run = Run(
         folder=Path(config.out_dir),
         config=config,
@@ -169,8 +188,10 @@ def prepare(settings: Settings) -> Run:
             device=device,
             dtype=dtype,
             step=progress.step,
+            world=world,
         ),
         device=device,
+        world=world,
         dtype_reason=dtype_reason,
         config_json=to_json(
             config,
@@ -183,12 +204,15 @@ def prepare(settings: Settings) -> Run:
                 **corpus.sizes,
             },
             versions={"python": platform.python_version(), "torch": str(torch.__version__)},
+            world={"processes": world.size, "parallel": world.parallel},
         ),
         elapsed_s=progress.elapsed_s,
         best_val_loss=progress.best_val_loss,
         best_step=progress.best_step,
         evaluated_step=progress.evaluated_step,
     )
+    if world.rank:
+        return run
     with _disk_errors(run):
         (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
         step = -1 if checkpoint is None else run.step
@@ -196,10 +220,12 @@ def prepare(settings: Settings) -> Run:
     return run
 
 
-def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
+def _checkpoint_to_resume(config: TrainConfig, world: World) -> Checkpoint | None:
     """The last checkpoint of --out_dir with --resume, None where the run is to start."""
     folder = Path(config.out_dir) if config.out_dir else None
     if not config.resume:
+        if world.rank:  # rank 0 may have made it by now
+            return None
         if folder is not None and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
             raise ConfigError(
                 f"run folder {folder} exists; add --resume to go on with it, or give another "
@@ -267,30 +293,40 @@ def training_step(run: Run) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Evaluation:
-    """Mean loss and accuracy over all targets of `batches`; targets of -100 do not count."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    world: World = ALONE,
+) -> Evaluation:
+    """Mean loss and accuracy over all targets of `batches`; targets of -100 do not count.
+
+    The processes of `world` share the batches; each gets the result.
+    """
     training = model.training
     model.eval()
-    loss_sum = correct = count = rows_right = rows = 0
+    sums = None
     try:
-        for idx, targets in batches:
+        for (idx, targets), counts in world.shard(batches):
             logits, loss = model(idx, targets)
+            if sums is None:
+                sums = torch.zeros(5, dtype=torch.float64, device=loss.device)
+            if not counts:
+                continue
             counted = targets != -100
             tokens = counted.sum()
-            loss_sum = loss_sum + loss.double() * tokens
             wrong = (logits.argmax(-1) != targets) & counted
-            correct = correct + tokens - wrong.sum()
-            count = count + tokens
-            rows_right = rows_right + (~wrong.any(1)).sum()
-            rows += len(targets)
+            right = tokens - wrong.sum(), (~wrong.any(1)).sum()  # targets, rows
+            sums[:4] += torch.stack((loss.double() * tokens, tokens, *right))
+            sums[4] += len(targets)
     finally:
         model.train(training)
-    return Evaluation(float(loss_sum / count), float(correct / count), float(rows_right / rows))
+    loss_sum, tokens, tokens_right, rows_right, rows = world.sum(sums).tolist()
+    return Evaluation(loss_sum / tokens, tokens_right / tokens, rows_right / rows)
 
 
 def evaluate_exactly(run: Run) -> Evaluation:
     """The whole validation split, each token once."""
-    return evaluate(run.update.compute, _validation(run))
+    return evaluate(run.update.compute, _validation(run), run.world)
 
 
 def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
@@ -305,7 +341,7 @@ def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
     else:
         splits = _sampled(run, "train", 0), _sampled(run, "val", 1)
     training, validation = (
-        evaluate(run.update.compute, _until_stopped(run, batches)) for batches in splits
+        evaluate(run.update.compute, _until_stopped(run, batches), run.world) for batches in splits
     )
     return training, validation
 
@@ -318,7 +354,7 @@ def _validation(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 def _until_stopped(run: Run, batches: Iterable) -> Iterator:
     for batch in batches:
-        if run.stop.is_set():
+        if run.asked_to_stop():
             raise Stopped
         yield batch
 
@@ -343,14 +379,18 @@ def train(settings: Settings) -> Path:
     Raises: ConfigError on bad input, before anything is written; RunError if the loss stops
         being a number; KeyboardInterrupt after saving, when interrupted.
     """
-    run = prepare(settings)
+    with distributed.join(settings.given) as world:
+        return _train(prepare(settings, world))
+
+
+def _train(run: Run) -> Path:
     config = run.config
     rate = machine.matmul_rate(run.device, run.update.dtype)
     announce(run, rate)
-    log = Log(run, flops_per_step(run.model, config.sequences) / rate)
+    log = Log(run, flops_per_step(run.model, config.sequences) / (rate * run.world.size))
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
     saved, evaluation = (run.step, run.evaluated_step), None
-    with _disk_errors(run), _stop_on_signals(run.stop), run.writer, log.progress_bar():
+    with _disk_errors(run), _stop_on_signals(run), run.writer, log.progress_bar():
         while True:
             names = ["last"]
             due = run.step % config.eval_interval == 0 or run.step >= config.max_iters
@@ -364,7 +404,7 @@ def train(settings: Settings) -> Path:
                         names = ["best", "last"]
                     show_sample(run)
                     log.restart_clock()
-            stopping = run.stop.is_set() or run.step >= config.max_iters
+            stopping = run.asked_to_stop() or run.step >= config.max_iters
             wanted = due or run.step % checkpoint_interval == 0 or stopping
             if wanted and saved != (run.step, run.evaluated_step):
                 save(run, *names)
@@ -393,13 +433,14 @@ def save(run: Run, *names: str) -> None:
     """
     fields = dataclasses.fields(Progress)
     content = Content(
-        weights=named_weights(run.model),
-        optimizer=optimizer_tensors(run.model, run.optimizer),
+        weights=whole(named_weights(run.model), run.world),
+        optimizer=whole(optimizer_tensors(run.model, run.optimizer), run.world),
         progress=Progress(**{field.name: getattr(run, field.name) for field in fields}),
         tokenizer=run.corpus.tokenizer,
         config_json=run.config_json,
     )
-    run.writer.save([run.folder / name for name in names], content)
+    if run.world.rank == 0:
+        run.writer.save([run.folder / name for name in names], content)
 
 
 @contextlib.contextmanager
@@ -420,12 +461,15 @@ def show_sample(run: Run) -> None:
     """A few lines of what the model writes by now."""
     if not run.config.sample_tokens:
         return
+    model = run.update.whole_model()
+    if run.world.rank:
+        return
     if isinstance(run.corpus, Arithmetic):
-        tqdm.write("\n".join("  | " + line for line in run.corpus.answers(run.update.compute)))
+        tqdm.write("\n".join("  | " + line for line in run.corpus.answers(model)))
         return
     tokenizer = run.corpus.tokenizer
     idx = generate(
-        run.update.compute,
+        model,
         run.corpus.val[:1].long()[None].to(run.device),
         max_new_tokens=run.config.sample_tokens,
         temperature=0.8,
@@ -437,16 +481,20 @@ def show_sample(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop`, so that a step ends and is saved; twice kills."""
+def _stop_on_signals(run: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM set `run.stop`, so that a step ends and is saved; twice kills.
+
+    Not under torchrun, which hands on what it gets, even twice, and kills after a while.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number, frame):
-        stop.set()
-        signal.signal(number, before[number])
+        run.stop.set()
+        if run.world.parallel is None:
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, handle)
@@ -466,6 +514,5 @@ def flops_per_step(model: nn.Module, sequences: int) -> float:
     T = config.block_size
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(linear.weight.numel() for linear in linears)
-    heads = {"GPT": config.n_layer * config.n_head, "NaiveGPT": config.n_layer * config.n_head}
-    layers_heads = heads.get(type(model).__name__, 0)
+    layers_heads = config.n_layer * config.n_head if isinstance(model, (GPT, NaiveGPT)) else 0
     return 6.0 * sequences * T * (weights + layers_heads * config.D * (T + 1))

@@ -1,0 +1,294 @@
+"""Several processes, one run: who computes what, and how they stay together.
+
+    torchrun --nproc_per_node=N train.py ... [--parallel ddp|fsdp]
+
+Rank r of N takes the rows from S r // N to S (r + 1) // N of a step's S sequences. Batches and
+dropout masks follow from a row's place in the global batch, so N processes draw what one draws.
+Gradients are averaged over the ranks by torch's own engines, DistributedDataParallel or FSDP2
+(`fully_shard`); the loss of a micro-batch counts N times its part of all targets of the step, so
+that the average is the gradient of the mean over the global batch, however uneven the parts are.
+
+A checkpoint is the same whoever writes it: rank 0 gathers what is sharded, tensor by tensor, and
+any number of processes reads it, each rank cutting out its part. (`get_optimizer_state_dict` of
+torch.distributed.checkpoint would first take a step with an optimizer that has no state yet, which
+its step counts then never forget.)
+
+What a rank has to tell the others while training is one flag a step, whether it was asked to
+stop. A rank that dies takes the job with it: torchrun ends the others.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor
+from torch import nn
+
+from gptcore import machine
+from gptcore.config import ConfigError, RunError, TrainConfig
+
+TIMEOUT_S = 600.0  # for the slowest rank to come to a collective: others save, plot or sample
+LOST = ("by peer", "remote worker", "Timed out waiting")  # in what gloo says when a rank is gone
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them; `World()` is a process on its own.
+
+    Attributes:
+        rank: of this process, below `size`; rank 0 prints and writes.
+        parallel: the engine, "ddp" or "fsdp"; None without torchrun.
+        device: of this process; None if that is for --device alone to say.
+    """
+
+    rank: int = 0
+    size: int = 1
+    parallel: str | None = None
+    device: torch.device | None = None
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises: ConfigError on settings that do not go with these processes."""
+        if self.parallel is None:
+            if config.parallel != "auto":
+                raise ConfigError(
+                    f"--parallel {config.parallel} needs the processes of torchrun: torchrun "
+                    f"--nproc_per_node=N train.py --parallel {config.parallel}; or leave it out"
+                )
+            return
+        if self.parallel == "fsdp" and config.compile:
+            raise ConfigError("--compile does not go with --parallel fsdp; leave one of them out")
+        if config.sequences // self.size < self.rounds(config):
+            enough = max(2, -(-self.size // config.gradient_accumulation_steps))
+            raise ConfigError(
+                f"{self.size} processes cannot share {config.sequences} sequences a step "
+                f"(batch_size {config.batch_size} x gradient_accumulation_steps "
+                f"{config.gradient_accumulation_steps}); give --batch_size {enough} or more"
+            )
+
+    def rounds(self, config: TrainConfig) -> int:
+        """Micro-batches of a step, the same for every rank, of at most batch_size sequences."""
+        return -(-config.sequences // (self.size * config.batch_size))
+
+    def micro_batches(self, config: TrainConfig) -> list[tuple[int, int]]:
+        """(first row in the global batch, rows) of each micro-batch of this rank."""
+        rounds, S = self.rounds(config), config.sequences
+        start, stop = (S * r // self.size for r in (self.rank, self.rank + 1))
+        edges = [start + (stop - start) * i // rounds for i in range(rounds + 1)]
+        return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_rank_0(self, make) -> Any:
+        """What make() returns on rank 0, which calls it when all ranks have come here."""
+        if self.size == 1:
+            return make()
+        dist.all_reduce(torch.zeros(1))  # on the CPU; a barrier would need a device
+        box = [make() if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def shard(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Every size-th of `batches`, and whether it counts.
+
+        All ranks get equally many, since a sharded model computes only when all of them do: at
+        the end some get a batch that is another rank's, which does not count.
+        """
+        batches = iter(batches)
+        while first := list(zip(range(self.size), batches, strict=False)):
+            mine = self.rank < len(first)
+            yield first[self.rank if mine else 0][1], mine
+
+
+ALONE = World()
+
+
+class Vote:
+    """Whether any rank wants something: all get the same answer, in the same step.
+
+    The flags are summed beside the step that follows and read after it, so that nobody waits:
+    with several processes the answer is about the call before.
+    """
+
+    def __init__(self, world: World):
+        self.world, self.votes, self.work = world, None, None
+
+    def __call__(self, wanted: bool) -> bool:
+        """Give this rank's vote; every rank calls this equally often."""
+        if self.world.size == 1:
+            return wanted
+        decided = False
+        if self.work is not None:
+            self.work.wait()
+            decided = bool(self.votes.item())
+        self.votes = torch.tensor([int(wanted)])
+        self.work = dist.all_reduce(self.votes, async_op=True)
+        return decided
+
+
+# ---- joining and leaving ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def join(given: dict[str, Any]) -> Iterator[World]:
+    """The world this process belongs to, by torchrun's environment variables.
+
+    Inside, ranks above 0 print nothing to stdout.
+
+    Args:
+        given: settings; "parallel" and "device" matter.
+    Raises: ConfigError if the device cannot be had; RunError if another process is gone.
+    """
+    parallel = given.get("parallel", "auto")
+    size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if "RANK" not in os.environ or (size == 1 and parallel == "auto"):
+        yield ALONE
+        return
+    device = _device_of_rank(given.get("device", "auto"))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S)
+    )
+    engine = "ddp" if parallel == "auto" else parallel
+    world = World(dist.get_rank(), size, engine, device)
+    try:
+        with contextlib.ExitStack() as stack:
+            if world.rank:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            try:
+                yield world
+            except KeyboardInterrupt:  # agreed upon: all ranks are here
+                world.from_rank_0(lambda: None)
+                raise
+            world.from_rank_0(lambda: None)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(w in str(error) for w in LOST):
+            raise
+        raise RunError(
+            "another process of the job is gone; what was saved is whole: go on with --resume "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    dist.destroy_process_group()  # not after an error, when it could wait for the dead
+
+
+def _device_of_rank(name: str) -> torch.device:
+    """The GPU of torchrun's LOCAL_RANK, or the CPU."""
+    device = machine.pick_device(name)
+    if device.type == "cpu":
+        return device
+    local, GPUs = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device.index is not None:
+        raise ConfigError(
+            f"device must be auto, cpu or cuda under torchrun, which numbers the GPUs; got {name!r}"
+        )
+    if local >= GPUs:
+        raise ConfigError(
+            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes for "
+            f"{GPUs} GPUs; give it --nproc_per_node={GPUs}, or train.py --device cpu"
+        )
+    return torch.device("cuda", local)
+
+
+# ---- engines ---------------------------------------------------------------------------------
+
+
+class Rounded(nn.Module):
+    """`model` computed in `dtype`, while its parameters, and their gradients, stay float32.
+
+    What gptcore.step.HalfCopy computes, with autograd between masters and copies, so that DDP
+    sees float32 gradients: they add up over micro-batches and ranks unrounded.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, *args, **kwargs):
+        """As `model`."""
+        weights = {name: p.to(self.dtype) for name, p in self.model.named_parameters()}
+        return torch.func.functional_call(self.model, weights, args, kwargs)
+
+
+def fully_shard(model: nn.Module, dtype: torch.dtype, world: World) -> nn.Module:
+    """`model` on the world's device, in pieces (FSDP2): float32 shards, computation in `dtype`.
+
+    The matrices of a block are one group, gathered when its first one is called; whatever else
+    there is (embeddings, LayerNorms, head) is used across blocks and stays whole during a step.
+    Gradients are reduced in float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options = {
+        "mesh": dist.init_device_mesh(world.device.type, (world.size,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+    }
+    for block in getattr(model, "blocks", ()):
+        linears = [module for module in block.children() if isinstance(module, nn.Linear)]
+        fully_shard(linears or block, **options)
+    fully_shard(model, **options)
+
+    def reshard(module, args, result):
+        if not torch.is_grad_enabled():  # else backward does it
+            module.reshard()
+
+    model.register_forward_hook(reshard)
+    return model
+
+
+def engine(module: nn.Module, world: World) -> nn.Module:
+    """What runs the forward of a step: DDP around `module`; with FSDP, or alone, `module`."""
+    if world.parallel != "ddp":
+        return module
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def synchronised(engine: nn.Module, world: World, last: bool):
+    """A context for one micro-batch; gradients go round with the last of a step, once."""
+    if world.parallel == "fsdp":
+        engine.set_requires_gradient_sync(last)
+    if world.parallel == "ddp" and not last:
+        return engine.no_sync()
+    return contextlib.nullcontext()
+
+
+# ---- from shards to whole tensors and back ----------------------------------------------------
+
+
+def whole(tensors: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """`tensors` with those that are sharded gathered, one at a time, on the CPU of rank 0.
+
+    Every rank calls this; on the others they are empty.
+    """
+    return {name: _whole(tensor, world) for name, tensor in tensors.items()}
+
+
+def _whole(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    if world.parallel != "fsdp" or not isinstance(tensor, dist.tensor.DTensor):
+        return tensor
+    full = tensor.detach().full_tensor()
+    return full.cpu() if world.rank == 0 else full.new_empty(0)
+
+
+def cut_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole `tensor` of the shape of a sharded `parameter`.
+
+    Where `parameter` is not sharded, or the shapes differ (step counts), `tensor` itself.
+    """
+    if not isinstance(parameter, dist.tensor.DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    where = parameter.device_mesh, parameter.placements
+    return dist.tensor.distribute_tensor(tensor, *where, src_data_rank=None)  # nothing is sent
