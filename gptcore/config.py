@@ -15,6 +15,7 @@ from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "relu2", "gelu_erf")
 SCALE_RULES = ("n_embd", "head_size")
+POSITIONS = ("learned", "rotary")
 SCHEDULES = ("constant", "cosine", "wsd", "cyclic", "onecycle", "exponential")
 CYCLES = ("triangular", "triangular2", "exp_range")
 MODEL_NAMES = ("gpt", "naive", "multihead", "head", "bigram-embedding", "bigram")
@@ -51,6 +52,11 @@ class GPTConfig:
     tied_head: bool = False  # the output head shares the token embedding
     activation: str = "relu"
     attention_scale: str = "n_embd"  # scores times n_embd**-0.5 (the seeds) or head_size**-0.5
+    position: str = (
+        "learned"  # an embedding, or "rotary": queries and keys turned by their position
+    )
+    qk_norm: bool = False  # with rotary: queries and keys of one length
+    token_shift: bool = False  # each embedding plus a learnt share of the one before it
     init: str = "notebook"  # N(0,1) embeddings, default Linear; "gpt2": N(0, 0.02), scaled residual
     backend: str = "auto"  # of the fused ops: "auto", "triton" or "eager"
 
@@ -71,6 +77,7 @@ class GPTConfig:
         choices = {
             "activation": ACTIVATIONS,
             "attention_scale": SCALE_RULES,
+            "position": POSITIONS,
             "init": ("notebook", "gpt2"),
             "backend": ("auto", "triton", "eager"),
         }
@@ -78,6 +85,11 @@ class GPTConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+        if self.position == "rotary" and self.D % 2:
+            raise ConfigError(f"position rotary needs an even head size; got {self.D}")
+        if self.qk_norm and self.position != "rotary":
+            raise ConfigError(f"qk_norm needs position rotary; got position {self.position}")
 
     @property
     def D(self) -> int:
@@ -108,6 +120,9 @@ MODEL_HELP = {
     "tied_head": "the output head shares the token embedding",
     "activation": "relu, gelu (tanh), relu2 or gelu_erf (exact; nanoGPT's, not fused)",
     "attention_scale": "scores times n_embd**-0.5 or head_size**-0.5",
+    "position": "learned or rotary",
+    "qk_norm": "normalise queries and keys; needs position rotary",
+    "token_shift": "add to each embedding a learnt share, by channel, of the one before it",
     "init": "notebook or gpt2",
     "backend": "of the fused ops: auto, triton or eager",
 }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from gptcore.model import KVCache
 from gptcore.naive import ACTIVATION_MODULES
+from kernels import rotary_qkv
 
 _KEEP_BYTES = 1 << 30  # larger caches are not kept between calls
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (key, CapturedStep)
@@ -44,13 +45,21 @@ def plain_step(model, cache: KVCache):
         for layer, b in enumerate(blocks)
     ]
     final, head = parameters(model.ln_f), parameters(model.lm_head)
-    tokens, positions = model.token_embedding.weight, model.position_embedding.weight
+    tokens, angles = model.token_embedding.weight, model.angles
+    positions = None if angles else model.position_embedding.weight
+    shift = model.shift
 
     def step(token):
         t = cache.length
-        x = tokens[token[:, 0]] + positions[t]  # (B, C)
+        x = tokens[token[:, 0]]  # (B, C)
+        if positions is not None:
+            x = x + positions[t]
+        if shift is not None:
+            x = torch.addcmul(x, cache.shifted(x[:, None])[:, 0], shift)
         for ln_1, qkv, proj, ln_2, mlp_in, mlp_out, pair in layers:
-            y = linear(norm(x, C, *ln_1), *qkv)
+            y = linear(norm(x, C, *ln_1), *qkv).view(B, 1, 3, H, D)
+            if angles is not None:
+                y = rotary_qkv(y, angles.table[t : t + 1], normalize=config.qk_norm)
             q, kv = y.view(B, 3, H, 1, D).transpose(0, 1).split((1, 2))
             pair[:, :, :, t : t + 1] = kv
             k, v = pair[:, :, :, : t + 1]
@@ -72,17 +81,19 @@ class FixedCache(KVCache):
     def __init__(self, storage: KVCache, position: torch.Tensor):
         self.storage, self.position = storage, position
         self.keys, self.values, self.length = storage.keys, storage.values, 0
+        self.last = storage.last
         self.slots = torch.arange(self.keys.shape[3], device=self.keys.device)
 
     def clear(self):
         """Hold nothing. Slots to come are masked, but only finite numbers can be masked."""
         self.storage.pair.zero_()
+        self.storage.last.zero_()
         self.storage.length = 0
 
-    def positions(self, weight, T):
-        """The next token's row (1, C); called once a forward, it notes what the token sees."""
+    def rows(self, table, T):
+        """The next token's row (1, ...); called once a forward, it notes what the token sees."""
         self.visible = (self.slots <= self.position)[None, None, None]  # (1, 1, 1, S)
-        return weight.index_select(0, self.position)
+        return table.index_select(0, self.position)
 
     def attend(self, layer, q, k, v, *, scale, **_):
         """Attention of one token, q, k, v (B, H, 1, D), over the slots up to its own."""

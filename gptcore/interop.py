@@ -582,6 +582,10 @@ def _express(where: str, gpt: GPT, target: GPTConfig) -> GPT:
     Raises: ConfigError, beginning with `where`, if there is none.
     """
     source = gpt.config
+    if source.position != "learned":
+        raise ConfigError(f"{where} has learned positions; got position {source.position}")
+    if source.token_shift:
+        raise ConfigError(f"{where} has no token_shift; got token_shift True")
     if target.activation != source.activation:
         raise ConfigError(f"{where} has activation {target.activation}; got {source.activation}")
     if target.D < source.D:

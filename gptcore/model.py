@@ -23,6 +23,8 @@ from kernels import (
     layer_norm,
     linear_act,
     linear_cross_entropy,
+    rotary_qkv,
+    rotary_table,
 )
 from kernels.rng import SITE_EMBEDDING, draw_key, layer_site
 
@@ -32,6 +34,7 @@ class KVCache:
 
     Attributes:
         pair: (2, n_layer, B, H, block_size, D), of which keys and values are the halves.
+        last: (B, 1, C), the last token's embedding, for token_shift; 0 before the first.
         length: tokens held, at most block_size.
     """
 
@@ -39,7 +42,14 @@ class KVCache:
         shape = (2, config.n_layer, batch_size, config.n_head, config.block_size, config.D)
         self.pair = torch.empty(shape, device=device, dtype=dtype)
         self.keys, self.values = self.pair[0], self.pair[1]
+        self.last = torch.zeros(batch_size, 1, config.n_embd, device=device, dtype=dtype)
         self.length = 0
+
+    def shifted(self, x: torch.Tensor) -> torch.Tensor:
+        """For embeddings x (B, T, C) of the next tokens, those of the tokens before each."""
+        before = torch.cat((self.last, x[:, :-1]), dim=1)
+        self.last.copy_(x[:, -1:])
+        return before
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Store k, v (B, H, T, D) of one layer; returns all its keys and values so far.
@@ -55,13 +65,31 @@ class KVCache:
         """Count T tokens whose keys and values every layer has appended."""
         self.length += T
 
-    def positions(self, weight: torch.Tensor, T: int) -> torch.Tensor:
-        """Of the position embedding's weight (block_size, C), the rows of the next T tokens."""
-        return weight[self.length : self.length + T]
+    def rows(self, table: torch.Tensor, T: int) -> torch.Tensor:
+        """Of a table (block_size, ...) with a row a position, the rows of the next T tokens."""
+        return table[self.length : self.length + T]
 
     def attend(self, layer: int, q, k, v, **options) -> torch.Tensor:
         """Attention of the next tokens, q, k, v (B, H, T, D), over all tokens so far."""
         return causal_attention(q, *self.append(layer, k, v), **options)
+
+
+class Angles(nn.Module):
+    """Rotary angles of every position: float32 whatever the model is cast to, and never saved.
+
+    Attributes:
+        table: (block_size, D // 2, 2), `kernels.rotary_table`.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.size = config.block_size, config.D
+        self.register_buffer("table", rotary_table(*self.size), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.table = rotary_table(*self.size, device=self.table.device)
+        return self
 
 
 class Block(nn.Module):
@@ -85,12 +113,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        rotary = config.position == "rotary"
+        self.position_embedding = None if rotary else nn.Embedding(config.block_size, config.n_embd)
+        self.angles = Angles(config) if rotary else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         if config.tied_head:
             self.lm_head.weight = self.token_embedding.weight
+        self.shift = nn.Parameter(torch.zeros(config.n_embd)) if config.token_shift else None
         if config.init == "gpt2":
             self._init_gpt2()
 
@@ -152,25 +183,30 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: last_only needs dropout off; got dropout {p} in training mode")
         if p and key is None:
             key = draw_key(idx.device)
-        weight = self.position_embedding.weight
+        table = self.angles.table if self.angles else self.position_embedding.weight
+        rows = table[:T] if cache is None else cache.rows(table, T)
+        angles = rows if self.angles else None
         x = embed(
             idx,
             self.token_embedding.weight,
-            weight[:T] if cache is None else cache.positions(weight, T),
+            None if self.angles else rows,
             dropout_p=p if config.embedding_dropout else 0.0,
             key=key,
             site=SITE_EMBEDDING,
             backend=config.backend,
         )
+        if self.shift is not None:  # once a model, so not worth a kernel
+            before = F.pad(x, (0, 0, 1, -1)) if cache is None else cache.shifted(x)
+            x = torch.addcmul(x, before, self.shift)
         ln = self.blocks[0].ln_1
         y = layer_norm(x, ln.weight, ln.bias, eps=ln.eps, backend=config.backend)
         for layer, block in enumerate(self.blocks):
             is_last = layer + 1 == config.n_layer
             following = self.ln_f if is_last else self.blocks[layer + 1].ln_1
             if is_last and last_only and T > 1:
-                o, x = self._last_attention(layer, block, y, cache), x[:, -1:]
+                o, x = self._last_attention(layer, block, y, cache, angles), x[:, -1:]
             else:
-                o = self._attention(layer, block, y, p, key, cache)
+                o = self._attention(layer, block, y, p, key, cache, angles)
             y, x = self._residual(block.proj, o, x, block.ln_2, p, key, layer, "projection")
             h = self._activated(block.mlp_in, y)
             y, x = self._residual(block.mlp_out, h, x, following, p, key, layer, "feedforward")
@@ -178,10 +214,18 @@ class GPT(nn.Module):
             cache.advance(T)
         return y
 
-    def _attention(self, layer, block, y, p, key, cache):
-        """(B, T, C) -> (B, T, H * D)."""
+    def _qkv(self, block, y, angles):
+        """(B, T, C) -> (B, T, 3, H, D), queries and keys turned if positions are."""
         config = self.config
         qkv = block.qkv(y).unflatten(-1, (3, config.n_head, config.D))
+        if angles is None:
+            return qkv
+        return rotary_qkv(qkv, angles, normalize=config.qk_norm, backend=config.backend)
+
+    def _attention(self, layer, block, y, p, key, cache, angles):
+        """(B, T, C) -> (B, T, H * D)."""
+        config = self.config
+        qkv = self._qkv(block, y, angles)
         options = {
             "scale": config.scale,
             "dropout_p": p,
@@ -194,9 +238,14 @@ class GPT(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         return cache.attend(layer, q, k, v, **options).transpose(1, 2).flatten(-2)
 
-    def _last_attention(self, layer, block, y, cache):
+    def _last_attention(self, layer, block, y, cache, angles):
         """The last row of `_attention`: (B, T, C) -> (B, 1, H * D); dropout is off."""
         config = self.config
+        attend = causal_attention if cache is None else functools.partial(cache.attend, layer)
+        options = {"scale": config.scale, "backend": config.backend}
+        if angles is not None:
+            q, k, v = self._qkv(block, y, angles).permute(2, 0, 3, 1, 4)
+            return attend(q[:, :, -1:], k, v, **options).transpose(1, 2).flatten(-2)
         heads = (config.n_head, config.D)
         rows = (config.n_head * config.D, 2 * config.n_head * config.D)  # of queries; of the rest
         weight, bias = block.qkv.weight.split(rows), (None, None)
@@ -204,9 +253,7 @@ class GPT(nn.Module):
             bias = block.qkv.bias.split(rows)
         q = F.linear(y[:, -1:], weight[0], bias[0]).unflatten(-1, heads).transpose(1, 2)
         k, v = F.linear(y, weight[1], bias[1]).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
-        attend = causal_attention if cache is None else functools.partial(cache.attend, layer)
-        o = attend(q, k, v, scale=config.scale, backend=config.backend)  # (B, H, 1, D)
-        return o.transpose(1, 2).flatten(-2)
+        return attend(q, k, v, **options).transpose(1, 2).flatten(-2)
 
     def _activated(self, linear, y):
         """(B, T, C) -> (B, T, 4 C)."""
@@ -265,7 +312,9 @@ def _copy_weights(model: naive.NaiveGPT, gpt: GPT, *, to_naive: bool):
         copy(getattr(naive_module, "bias", None), getattr(gpt_module, "bias", None))
 
     copy_module(model.token_embedding_table, gpt.token_embedding)
-    copy_module(model.position_embedding_table, gpt.position_embedding)
+    if gpt.position_embedding is not None:
+        copy_module(model.position_embedding_table, gpt.position_embedding)
+    copy(model.shift, gpt.shift)
     copy_module(model.ln_f, gpt.ln_f)
     copy_module(model.lm_head, gpt.lm_head)
     for naive_block, block in zip(model.blocks, gpt.blocks, strict=True):

@@ -76,6 +76,21 @@ class BigramLM(nn.Module):
         return logits, masked_loss(logits, targets)
 
 
+def rotate(x):
+    """x (B, T, D) at positions 0 .. T - 1, every pair of channels turned by its angle."""
+    T, D = x.shape[1:]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    frequencies = 10_000 ** -(torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D)
+    angles = torch.arange(T, dtype=torch.float64, device=x.device)[:, None] * frequencies
+    cos, sin = angles.cos().float().to(x.dtype), angles.sin().float().to(x.dtype)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def unit(x):
+    """x (..., D) over its root mean square."""
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
 class Head(nn.Module):
     """One head of causal self-attention: softmax(scale * q k^T) v over the past."""
 
@@ -91,6 +106,10 @@ class Head(nn.Module):
         """x (B, T, C) -> (B, T, D)."""
         T = x.shape[1]
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, D)
+        if self.config.qk_norm:
+            q, k = unit(q), unit(k)
+        if self.config.position == "rotary":
+            q, k = rotate(q), rotate(k)
         wei = q @ k.mT * self.config.scale  # (B, T, T)
         wei = wei.masked_fill(self.tril[:T, :T] == 0, float("-inf")).softmax(-1)
         wei = dropout_probabilities(
@@ -154,7 +173,10 @@ class _Embedded(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding_table = nn.Embedding(config.block_size, config.n_embd)
+        rotary = config.position == "rotary"
+        self.position_embedding_table = (
+            None if rotary else nn.Embedding(config.block_size, config.n_embd)
+        )
         self.lm_head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
 
     def body(self, x, key):
@@ -163,8 +185,9 @@ class _Embedded(nn.Module):
 
     def forward(self, idx, targets=None, key=None):
         """idx, targets (B, T) -> logits (B, T, V), loss."""
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        x = self.token_embedding_table(idx) + self.position_embedding_table(positions)
+        x = self.token_embedding_table(idx)
+        if self.position_embedding_table is not None:
+            x = x + self.position_embedding_table(torch.arange(idx.shape[1], device=idx.device))
         logits = self.lm_head(self.body(x, key))
         return logits, masked_loss(logits, targets)
 
@@ -209,11 +232,14 @@ class NaiveGPT(_Embedded):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         if config.tied_head:
             self.lm_head.weight = self.token_embedding_table.weight
+        self.shift = nn.Parameter(torch.zeros(config.n_embd)) if config.token_shift else None
 
     def body(self, x, key):
         """x (B, T, C) -> (B, T, C)."""
         if self.config.embedding_dropout:
             x = dropout_activations(x, self.config.dropout, self.training, key, SITE_EMBEDDING)
+        if self.shift is not None:
+            x = x + self.shift * F.pad(x, (0, 0, 1, -1))  # of the token before; 0 before the first
         for block in self.blocks:
             x = block(x, key)
         return self.ln_f(x)

@@ -6,6 +6,7 @@ from kernels.embedding import embed
 from kernels.layer_norm import dropout_add_layer_norm, layer_norm
 from kernels.mlp import linear_act
 from kernels.rng import dropout_keep_mask
+from kernels.rotary import rotary_qkv, rotary_table
 
 __all__ = [
     "causal_attention",
@@ -17,4 +18,6 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "linear_cross_entropy",
+    "rotary_qkv",
+    "rotary_table",
 ]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from kernels import attention_eager, attention_kernels
-from kernels.backend import autocast_dtype, resolve
+from kernels.backend import autocast_dtype, resolve, transforming
 from kernels.rng import (
     check_dropout,
     check_key,
@@ -47,11 +47,6 @@ def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0)
     return p @ v
 
 
-def _transforming():
-    """Whether torch.func runs: its tensors have no memory of their own, only ops may touch them."""
-    return torch._C._are_functorch_transforms_active()
-
-
 # Up to here the plain form fits the cache, and autograd in C++ beats ours in Python: 16x4x64x32
 # takes 3.2 ms forward and backward, in blocks 4.6, on 2 cores.
 _SMALL = 1 << 18  # probabilities
@@ -60,7 +55,7 @@ _SMALL = 1 << 18  # probabilities
 def _small_or_inference(q, k, v, key, scale, dropout_p, site):
     """The eager calls that need no blocks; None for the others."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    traced = torch.compiler.is_compiling() or _transforming()
+    traced = torch.compiler.is_compiling() or transforming()
     small = B * H * Tq * Tk <= _SMALL and q.dtype in (torch.float32, torch.float64)
     if small and not traced:
         p = (q * scale) @ k.mT
@@ -155,7 +150,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do, _):
         if do is None:
             return (None,) * 8
-        run = _backward_op if _transforming() else _backward
+        run = _backward_op if transforming() else _backward
         return *run(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
@@ -170,7 +165,7 @@ class _AttentionQKV(torch.autograd.Function):
     def backward(ctx, do, _):
         if do is None:
             return (None,) * 6
-        run = _backward_qkv_op if _transforming() else _backward_qkv
+        run = _backward_qkv_op if transforming() else _backward_qkv
         return run(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 

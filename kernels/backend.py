@@ -57,6 +57,11 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+def transforming() -> bool:
+    """Whether torch.func runs: its tensors have no memory of their own, only ops may touch them."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
     """The backend, "triton" or "eager", that `op` runs on for these tensors.
 

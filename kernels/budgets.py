@@ -104,6 +104,12 @@ def _embed(case: Case) -> None:
     _backward(kernels.embed(idx, token, position, **case.dropout), token, position)
 
 
+def _rotary_qkv(case: Case) -> None:
+    B, T, H, D = (case.sizes[name] for name in "BTHD")
+    qkv, table = case.tensor(B, T, 3, H, D), case.tensor(T, D // 2, 2, dtype=torch.float32)
+    _backward(kernels.rotary_qkv(qkv, table.detach(), normalize=True), qkv)
+
+
 _CALLS = {
     "causal_attention": _attention,
     "layer_norm": _layer_norm,
@@ -112,6 +118,7 @@ _CALLS = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "embed": _embed,
+    "rotary_qkv": _rotary_qkv,
 }
 
 
@@ -153,6 +160,7 @@ CASES = (
     _case("linear_cross_entropy", "M16384-C384-V65-bf16", ("sm_90",)),
     _case("linear_cross_entropy", "M16384-C768-V50257-bf16", ("sm_90",)),
     _case("embed", "B64-T256-C384-V65-bf16-p0.2", ALL),
+    _case("rotary_qkv", "B64-T256-H6-D64-bf16", ALL),
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
@@ -204,6 +212,10 @@ WORK = {
     "_embed_kernel": Work(
         tile=lambda c, s: c["BLOCK_M"] * min(c["BLOCK_C"], s["C"]),
         elements=lambda c, s, programs: s["B"] * s["T"] * s["C"],
+    ),
+    "_rotary_kernel": Work(
+        tile=lambda c, s: c["BLOCK_M"] * s["D"],
+        elements=lambda c, s, programs: s["B"] * s["T"] * 3 * s["H"] * s["D"],
     ),
 }
 
@@ -422,4 +434,9 @@ embed B64-T256-C384-V65-bf16-p0.2
   _embed_kernel gfx942 40 0 0 8 34.0 -
   _position_gradient_kernel gfx942 48 0 2048 8 - -
   _token_gradient_one_hot_kernel gfx942 136 0 8192 3 - v_mfma
+rotary_qkv B64-T256-H6-D64-bf16
+  _rotary_kernel sm_80 56 0 0 9 24.1 -
+  _rotary_kernel sm_90 56 0 0 9 24.4 -
+  _rotary_kernel sm_100 64 0 0 8 24.0 -
+  _rotary_kernel gfx942 56 0 0 8 31.9 -
 """)

@@ -212,6 +212,27 @@ DAMAGES = (
         "x.add_(position_weight[position + 1 : position + 1 + idx.shape[1]])",
     ),
     Damage(
+        "rotary_qkv",
+        "triton",
+        "the gradient turned forward",
+        "            sin = -sin\n",
+        "            sin = 1 * sin\n",
+    ),
+    Damage(
+        "rotary_qkv",
+        "triton",
+        "values turned too",
+        "    if place < 2 * H:",
+        "    if place < 3 * H:",
+    ),
+    Damage(
+        "rotary_qkv",
+        "eager",
+        "a term of the normalisation's gradient forgotten",
+        "g.addcmul_(x, along, value=-1).mul_(rstd)",
+        "g.mul_(rstd)",
+    ),
+    Damage(
         "dropout_keep_mask",
         "eager",
         "a round of Philox left out",

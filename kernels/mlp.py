@@ -27,8 +27,26 @@ def _eager_linear_act(x, weight, bias, activation):
     z = F.linear(x, weight, bias)
     if activation == "gelu":
         return F.gelu(z, approximate="tanh")
-    z = z.relu_()  # F.linear keeps no output, so this costs neither memory nor a copy
-    return z if activation == "relu" else z.square()
+    if activation == "relu":
+        return z.relu_()  # F.linear keeps no output, so this costs neither memory nor a copy
+    if torch.compiler.is_compiling() or backend.transforming():
+        return z.relu().square()
+    return _SquaredReLU.apply(z)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(z)^2 in place of z, which is no longer needed: one pass forward and two backward."""
+
+    @staticmethod
+    def forward(ctx, z):
+        z.relu_()
+        ctx.save_for_backward(z)
+        return z * z
+
+    @staticmethod
+    def backward(ctx, dy):
+        (r,) = ctx.saved_tensors
+        return (dy * r).mul_(2)
 
 
 # -------------------------------------------------------------------------------------- kernels

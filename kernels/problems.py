@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import rng
+from kernels.rotary import rotary_reference
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -243,6 +244,19 @@ def embed(draw: Draw, B=1, T=16, C=16, V=16, p=0.0) -> Problem:
     return Problem(inputs, call, plain, key)
 
 
+def rotary_qkv(draw: Draw, B=1, T=16, H=1, D=16, norm=0) -> Problem:
+    """`rotary_qkv` at positions from 5 on."""
+    table = kernels.rotary_table(5 + T, D, device=draw.device)[5:]
+
+    def call(x, backend):
+        return {"y": kernels.rotary_qkv(x["qkv"], table, normalize=norm > 0, backend=backend)}
+
+    def plain(x):
+        return {"y": rotary_reference(x["qkv"], table, normalize=norm > 0)}
+
+    return Problem({"qkv": draw.normal(B, T, 3, H, D)}, call, plain)
+
+
 # ---------------------------------------------------------------------------------------- shapes
 
 
@@ -355,6 +369,16 @@ SHAPES = {
         draw=lambda r: (
             f"B{r.randint(1, 3)}-T{r.randint(1, 40)}-C{r.randint(1, 200)}-V{r.randint(2, 400)}"
             f"-p{r.choice((0.0, 0.4))}"
+        ),
+    ),
+    "rotary_qkv": Shapes(
+        rotary_qkv,
+        quick=("B2-T17-H3-D20-norm1", "B1-T9-H2-D16"),
+        full=("B0-T4-H2-D8", "B1-T1-H1-D2-norm1", "B2-T65-H6-D64-norm1", "B1-T33-H2-D254"),
+        large=("B8-T256-H6-D64-norm1", "B2-T1024-H12-D64"),
+        draw=lambda r: (
+            f"B{r.randint(1, 3)}-T{r.randint(1, 40)}-H{r.randint(1, 4)}-D{2 * r.randint(1, 60)}"
+            f"-norm{r.randint(0, 1)}"
         ),
     ),
 }

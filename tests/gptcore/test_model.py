@@ -36,6 +36,14 @@ SHAPES = {
         9,
     ),
     "relu2": (BASE.replace(activation="relu2"), 2, 6),
+    "rotary": (BASE.replace(position="rotary"), 2, 9),
+    "rotary-qk_norm-token_shift": (
+        BASE.replace(
+            position="rotary", qk_norm=True, token_shift=True, n_head=4, embedding_dropout=True
+        ),
+        3,
+        7,
+    ),
     "gelu_erf": (BASE.replace(activation="gelu_erf"), 1, 9),
 }
 
@@ -62,6 +70,8 @@ def equivalent_pair(config, seed=0):
     """A NaiveGPT and the GPT with its weights."""
     torch.manual_seed(seed)
     model = NaiveGPT(config)
+    if model.shift is not None:
+        torch.nn.init.normal_(model.shift)  # 0 at first, which would hide it
     return model, GPT.from_naive(model)
 
 

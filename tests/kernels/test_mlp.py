@@ -330,3 +330,15 @@ def test_the_plan_takes_the_epilogue_where_there_is_one():
     assert not library("relu", has_bias=False)
     assert not library("gelu", needs_z=True) and not library("relu2")
     assert library("relu2", torch.float32) and library("relu2", arch="interpreter")
+
+
+@pytest.mark.parametrize("activation", ("relu", "gelu", "relu2"))
+def test_torch_func(activation):
+    x, weight = torch.randn(5, 4), torch.randn(6, 4)
+
+    def loss(x):
+        return linear_act(x, weight, activation=activation).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.allclose(torch.func.grad(loss)(x), expected, atol=1e-5)

@@ -1,0 +1,136 @@
+"""rotary_qkv against float64, by the 2x rule, on both backends, and what rotation is for."""
+
+import pytest
+import torch
+
+from kernels import rotary_qkv, rotary_table
+from kernels.rotary import rotary_reference
+from kernels.verify import compare
+
+BACKENDS = ("eager", "triton")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CASES = {
+    "B2-T65-H3-D64": (2, 65, 3, 64),
+    "B1-T1-H1-D2": (1, 1, 1, 2),
+    "B3-T31-H2-D86": (3, 31, 2, 86),
+    "B1-T130-H1-D256": (1, 130, 1, 256),
+}
+
+
+def run(function, qkv, dtype):
+    """y and the gradient of qkv, computed in `dtype`."""
+    leaf = qkv.detach().to(dtype).requires_grad_()
+    y = function(leaf)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(y, leaf, dy.half().to(y.dtype))
+    return {"y": y.detach(), "dqkv": gradient}
+
+
+@pytest.mark.parametrize("normalize", (False, True), ids=("plain", "normalized"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_and_gradients(backend, case, dtype, normalize):
+    B, T, H, D = CASES[case]
+    qkv = torch.randn(B, T, 3, H, D, generator=torch.Generator().manual_seed(0))
+    qkv = qkv.to(DTYPES[dtype]).float()
+    table = rotary_table(T + 4, D)[4:]
+
+    def fused(x):
+        return rotary_qkv(x, table, normalize=normalize, backend=backend)
+
+    def plain(x):
+        return rotary_reference(x, table, normalize=normalize)
+
+    actual, ordinary = (run(f, qkv, DTYPES[dtype]) for f in (fused, plain))
+    exact = run(plain, qkv, torch.float64)
+    for name in exact:
+        result = compare(name, actual[name], ordinary[name], exact[name])
+        assert result.passed, str(result)
+    assert torch.equal(actual["y"][:, :, 2], qkv[:, :, 2].to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input_and_repetition(backend):
+    qkv = torch.randn(7, 2, 3, 8, 2).permute(1, 0, 2, 4, 3)
+    table = rotary_table(7, 8)
+    y = rotary_qkv(qkv, table, normalize=True, backend=backend)
+    assert torch.equal(y, rotary_qkv(qkv.contiguous(), table, normalize=True, backend=backend))
+
+
+def test_scores_depend_on_distance_alone():
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+    qkv = torch.stack((q, k, k))[None, None, :, None].expand(1, 50, 3, 1, 16)
+    y = rotary_qkv(qkv, rotary_table(50, 16))[0, :, :, 0]
+    scores = y[:, 0] @ y[:, 1].T
+    for distance in (-7, 0, 12):
+        diagonal = scores.diagonal(distance)
+        assert (diagonal - diagonal[0]).abs().max() < 1e-5 * scores.abs().max()
+    assert (scores[0] - scores[0, 0]).abs().max() > 0.1 * scores.abs().max()
+
+
+def test_normalized_rows_have_length_one():
+    qkv = 30 * torch.randn(2, 5, 3, 2, 8)
+    y = rotary_qkv(qkv, rotary_table(5, 8), normalize=True)
+    rms = y[:, :, :2].square().mean(-1).sqrt()
+    assert torch.allclose(rms, torch.ones_like(rms), atol=1e-5)
+
+
+def test_the_gradient_in_float64():
+    qkv = torch.randn(2, 3, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    table = rotary_table(3, 6)
+    assert torch.autograd.gradcheck(lambda x: rotary_qkv(x, table, normalize=True), (qkv,))
+
+
+def test_torch_func():
+    qkv, table = torch.randn(1, 3, 3, 2, 4), rotary_table(3, 4)
+
+    def loss(x):
+        return rotary_qkv(x, table, normalize=True).square().sum()
+
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.allclose(torch.func.grad(loss)(qkv), expected, atol=1e-6)
+
+
+def test_opcheck():
+    qkv = torch.randn(1, 9, 3, 2, 16, requires_grad=True)
+    op = torch.ops.kernels.rotary_forward.default
+    torch.library.opcheck(op, (qkv, rotary_table(9, 16), True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend):
+    qkv, table = torch.randn(1, 9, 3, 2, 16), rotary_table(9, 16)
+
+    def f(x):
+        return rotary_qkv(x, table, normalize=True, backend=backend)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(qkv), f(qkv), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "dtype", "error", "words"),
+    (
+        ((2, 3, 2, 1, 8), 3, torch.float32, ValueError, "qkv must be"),
+        ((2, 3, 3, 1, 7), 3, torch.float32, ValueError, "even D"),
+        ((2, 3, 3, 1, 8), 4, torch.float32, ValueError, "table must be"),
+        ((2, 3, 3, 1, 8), 3, torch.int64, TypeError, "qkv must be float32"),
+    ),
+    ids=("places", "odd", "table", "dtype"),
+)
+def test_bad_input(shape, rows, dtype, error, words):
+    with pytest.raises(error, match=f"rotary_qkv: .*{words}"):
+        rotary_qkv(torch.zeros(shape, dtype=dtype), rotary_table(rows, 8))
+
+
+def test_odd_head_size_has_no_table():
+    with pytest.raises(ValueError, match="rotary_table: .*even; got 7"):
+        rotary_table(4, 7)
+
+
+def test_triton_refuses_float64():
+    qkv = torch.zeros(1, 2, 3, 1, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match="float64 needs backend='eager'"):
+        rotary_qkv(qkv, rotary_table(2, 4), backend="triton")
