@@ -122,7 +122,7 @@ class Checkpoint:
         weights = self.read_weights()
         with torch.no_grad():
             for name, weight in expected.items():
-                weight.copy_(weights[name])
+                weight.copy_(cut_like(weight, weights[name]))
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         """The weights by name.

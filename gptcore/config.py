@@ -204,6 +204,12 @@ class TrainConfig:
     beta1: float = _option(0.9, "AdamW's first moment", least=0, below=1)
     beta2: float = _option(0.999, "AdamW's second moment", least=0, below=1)
     grad_clip: float = _option(0.0, "largest norm of the gradient; 0: no limit", least=0)
+    on_nonfinite: str = _option(
+        "stop",
+        "a loss or gradient that is not finite never reaches the weights; then: stop, skip (go "
+        "on), or rollback (to the last checkpoint, with half the learning rate)",
+        choices=("stop", "skip", "rollback"),
+    )
     eval_interval: int = _option(500, "steps between evaluations", least=1)
     eval_mode: str = _option(
         "exact",

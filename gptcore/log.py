@@ -2,7 +2,9 @@
 
 metrics.jsonl holds one object a line: {"kind": "train", "step", "loss", "lr", "step_ms",
 "tokens_per_s", "mfu"}, {"kind": "eval", "step", "train_loss", "val_loss", "val_accuracy",
-"elapsed_s"} and, last, {"kind": "end", ...}. A value that is no number is null.
+"elapsed_s"} and, last, {"kind": "end", ...}; where something was wrong also {"kind": "skipped",
+"step"}, {"kind": "spike", "step", "grad_norm", "median"} and {"kind": "rollback", "step",
+"came_from", "learning_rate"}. A value that is no number is null.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from gptcore import machine
-from gptcore.config import RunError
+from gptcore.guard import Watch
 from gptcore.optim import learning_rate
 from gptcore.tasks import Arithmetic
 from gptcore.trackers import open_tracker
@@ -50,6 +52,7 @@ class Log:
             run.step,
         )
         self.bar: tqdm | None = None
+        self.watch = Watch()
         self.started = time.perf_counter() - run.elapsed_s
         self.plotted = time.perf_counter()
         self.first_step, self.trained_s = run.step, 0.0
@@ -73,10 +76,7 @@ class Log:
         self.clock, self.clock_step = time.perf_counter(), self.run.step
 
     def stepped(self, loss: torch.Tensor) -> None:
-        """After each step; every log_interval steps a line is written (and the device waited for).
-
-        Raises: RunError if the loss is not a number any more.
-        """
+        """After each step; every log_interval steps the device is waited for and a line written."""
         run, config = self.run, self.run.config
         self.bar.update()
         run.elapsed_s = time.perf_counter() - self.started
@@ -99,15 +99,35 @@ class Log:
             mfu=self.step_seconds_at_rate / seconds,
         )
         self.bar.set_postfix_str(f"loss {value:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-        self.stop_unless_finite(value)
 
-    def stop_unless_finite(self, loss: float) -> None:
-        """Raises: RunError if the loss is not a number any more."""
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {self.run.step}; go on from the last checkpoint with "
-                f"a lower --learning_rate or --grad_clip 1: {resume_command(self.run)}"
-            )
+    def look(self) -> list[int]:
+        """Record and show what the guard saw since the last look; returns the updates skipped.
+
+        Waits for the device.
+        """
+        skipped, spikes = self.watch.judge(self.run.update.guard.look(self.run.step))
+        for spike in spikes:
+            self.write(kind="spike", step=spike.step, grad_norm=spike.norm, median=spike.median)
+        if spikes:
+            worst = max(spikes, key=lambda spike: spike.norm / spike.median)
+            times = f"{worst.norm / worst.median:.0f} times the running median"
+            more = f", the largest of {len(spikes)} spikes" if len(spikes) > 1 else ""
+            tqdm.write(f"step {worst.step}: gradient norm {worst.norm:.3g}, {times}{more}")
+        for step in skipped:
+            self.write(kind="skipped", step=step)
+        return skipped
+
+    def rewound(self, came_from: int) -> None:
+        """The run is back at a checkpoint: forget what it did since."""
+        run = self.run
+        if not run.world.rank:
+            trim_metrics(self.path, run.step, run.evaluated_step)
+        lr = run.config.learning_rate
+        self.write(kind="rollback", step=run.step, came_from=came_from, learning_rate=lr)
+        tqdm.write(f"back from step {came_from} to {run.step}, learning rate now {lr:.3g}")
+        self.bar.n = run.step
+        self.bar.refresh()
+        self.restart_clock()
 
     def evaluated(self, training: Evaluation, validation: Evaluation) -> None:
         """Record and show one evaluation."""
@@ -128,7 +148,6 @@ class Log:
             f"accuracy {validation.accuracy:.1%}{self.exact_match_words(validation)}, "
             f"{run.elapsed_s:.1f} s"
         )
-        self.stop_unless_finite(validation.loss)
         if time.perf_counter() - self.plotted > PLOT_EVERY_S:
             self.plot()
 

@@ -20,6 +20,7 @@ from gptcore.checkpoint import named_weights
 from gptcore.config import TrainConfig
 from gptcore.data import BatchStream
 from gptcore.distributed import ALONE, Rounded, World, engine, synchronised, whole
+from gptcore.guard import Guard
 from gptcore.model import build_model
 from gptcore.optim import apply_schedule
 from kernels.rng import make_key
@@ -110,6 +111,7 @@ class Step:
             self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.eager_reason = eager_reason(config, device, world)
+        self.guard = Guard(optimizer, device, step)
         self.updates, self.graph, self.loss = 0, None, None
 
     @property
@@ -149,6 +151,14 @@ class Step:
         self.updates += 1
         return loss
 
+    def rewind(self, step: int) -> None:
+        """Go on from `step`, whose weights and optimizer state have just been loaded."""
+        self.step = self.guard.looked = step
+        self.key.copy_(make_key(self.config.seed, step, 0, self.device))
+        self.updates, self.graph = 0, None  # a captured update holds the state of before
+        if self.half:
+            self.half.refresh()
+
     def _on_gpu(self) -> torch.Tensor:
         """An update on a side stream, as capture wants it, or the captured one."""
         if self.graph is not None:
@@ -186,8 +196,7 @@ class Step:
             total = loss.detach() if total is None else total + loss.detach()
         if self.world.size > 1:  # the engines average gradients; so is the loss
             total = self.world.sum(total) / self.world.size
-        if config.grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        self.guard.inspect(self.parameters, total, self.key[1:2], config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.half:

@@ -36,10 +36,12 @@ from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.distributed import ALONE, Vote, World, whole
 from gptcore.flags import Settings, split_fields
 from gptcore.generation import generate
+from gptcore.guard import LOOK_EVERY
 from gptcore.log import Log, announce, resume_command, trim_metrics
 from gptcore.model import GPT, build_model
 from gptcore.naive import NaiveGPT
 from gptcore.optim import make_optimizer
+from gptcore.recovery import look, recover
 from gptcore.step import Step, pick_dtype
 from gptcore.tasks import Arithmetic, task_of
 from gptcore.trackers import check_tracker
@@ -72,6 +74,7 @@ class Run:
     best_val_loss: float = math.inf
     best_step: int = 0
     evaluated_step: int = -1
+    rolled_back: list[int] = field(default_factory=list)  # the steps it went back to
     stop: threading.Event = field(default_factory=threading.Event)  # save and leave, said a signal
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
@@ -376,8 +379,9 @@ def _sampled(run: Run, split: str, first: int) -> Iterator[tuple[torch.Tensor, t
 def train(settings: Settings) -> Path:
     """Train as `settings` say; returns the run folder.
 
-    Raises: ConfigError on bad input, before anything is written; RunError if the loss stops
-        being a number; KeyboardInterrupt after saving, when interrupted.
+    Raises: ConfigError on bad input, before anything is written; RunError if the loss or a
+        gradient is not finite, as --on_nonfinite says, or the disk refuses; KeyboardInterrupt
+        after saving, when interrupted.
     """
     with distributed.join(settings.given) as world:
         return _train(prepare(settings, world))
@@ -389,15 +393,23 @@ def _train(run: Run) -> Path:
     announce(run, rate)
     log = Log(run, flops_per_step(run.model, config.sequences) / (rate * run.world.size))
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
+    look_interval = min(config.log_interval, LOOK_EVERY)
     saved, evaluation = (run.step, run.evaluated_step), None
     with _disk_errors(run), _stop_on_signals(run), run.writer, log.progress_bar():
         while True:
             names = ["last"]
             due = run.step % config.eval_interval == 0 or run.step >= config.max_iters
+            keep = due or run.step % checkpoint_interval == 0
+            if (keep or run.step % look_interval == 0) and look(run, log):
+                continue
             if due and run.step != run.evaluated_step:
                 with contextlib.suppress(Stopped):
                     training, evaluation = evaluate_splits(run)
                     log.evaluated(training, evaluation)
+                    if not math.isfinite(evaluation.loss) and recover(
+                        run, log, f"the validation loss is {evaluation.loss} at step {run.step}"
+                    ):
+                        continue
                     run.evaluated_step = run.step
                     if evaluation.loss < run.best_val_loss:
                         run.best_val_loss, run.best_step = evaluation.loss, run.step
@@ -405,8 +417,7 @@ def _train(run: Run) -> Path:
                     show_sample(run)
                     log.restart_clock()
             stopping = run.asked_to_stop() or run.step >= config.max_iters
-            wanted = due or run.step % checkpoint_interval == 0 or stopping
-            if wanted and saved != (run.step, run.evaluated_step):
+            if (keep or stopping) and saved != (run.step, run.evaluated_step):
                 save(run, *names)
                 saved = run.step, run.evaluated_step
             if stopping:

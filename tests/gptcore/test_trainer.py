@@ -316,23 +316,6 @@ def test_what_resuming_cannot_change(trained_run, flags, message):
         prepare(parse_settings([f"--out_dir={trained_run}", "--resume", *flags]))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
-    train_main, tiny_flags, tmp_path, monkeypatch, capsys
-):
-    real = trainer.training_step
-
-    def exploding(run):
-        loss = real(run)
-        return loss * float("nan") if run.step == 6 else loss
-
-    monkeypatch.setattr(trainer, "training_step", exploding)
-    assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'run'}"]) == 1
-    error = capsys.readouterr().err
-    assert "the loss is nan at step 6" in error and "--resume" in error
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] is None
-    assert open_checkpoint(tmp_path / "run", "last").progress.step == 4
-
-
 def test_a_full_disk_is_one_line(prepared, monkeypatch):
     run = prepared()
     trainer.save(run, "last")
