@@ -114,7 +114,7 @@ DAMAGES = (
         "copy(linear.weight, weight[which, h])",
         "copy(linear.weight, weight[which, h - 1])",
     ),
-    _damage("the scale of another rule", '"scale": config.scale', '"scale": config.D**-0.5'),
+    _damage("the scale of another rule", '"scale": config.scale,\n', '"scale": config.D**-0.5,\n'),
 )
 
 register_check("GPT", check_model)

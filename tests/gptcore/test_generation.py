@@ -359,10 +359,8 @@ def test_the_comparison_sees_damage(pair, damage, monkeypatch):
     """Greedy text does differ from the notebook's when the machinery is wrong."""
     model, gpt = pair
     if damage == "position":
-        positions = KVCache.positions
-        monkeypatch.setattr(
-            KVCache, "positions", lambda self, w, T: positions(self, w.roll(-1, 0), T)
-        )
+        rows = KVCache.rows
+        monkeypatch.setattr(KVCache, "rows", lambda self, w, T: rows(self, w.roll(-1, 0), T))
     elif damage == "cache":
         monkeypatch.setattr(KVCache, "append", lambda self, layer, k, v: (k, v))
     else:
