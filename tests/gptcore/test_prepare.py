@@ -3,10 +3,10 @@
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -405,8 +405,13 @@ def test_other_tokenizers_are_refused(text, tmp_path, capsys, train_main, traine
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc for the memory of a process")
 def test_a_gigabyte_in_bounded_memory(tmp_path, text_file):
-    """1 GB of text, prepared and trained on, never in memory; prints sizes and times."""
+    """1 GB of text, prepared and trained on, never in memory; prints sizes and times.
+
+    Pages of the file that stay mapped are the page cache's, which takes them back at need, so
+    what counts is the memory that is the process's own.
+    """
     path, words = tmp_path / "big.txt", Path(text_file).read_text()
     block = (words + "Überall ist es 思い出.\n").encode() * 160  # about 1 MB
     with open(path, "wb") as file:
@@ -417,28 +422,30 @@ def test_a_gigabyte_in_bounded_memory(tmp_path, text_file):
     characters = path.stat().st_size // len(block) * len(block.decode())
     assert (folder / "tokens.bin").stat().st_size == characters and f"{characters:,}" in prepared
     print(f"{path.stat().st_size:,} bytes -> {characters:,} tokens, {seconds:.1f} s, {peak:.0f} MB")
-    assert peak < 400
-    flags = "--preset=cpu --max_iters=4 --eval_interval=4 --eval_iters=2 --eval_tokens=4096"
+    assert peak < 300
+    flags = "--preset=cpu --max_iters=8 --eval_interval=8 --eval_iters=2 --eval_tokens=4096"
     run = f"--out_dir={tmp_path / 'run'}"
     small = measured("train.py", *flags.split(), f"--data={text_file}", run + "0")[1]
     _, peak, seconds = measured("train.py", *flags.split(), f"--data={folder}", run)
-    print(f"trained 4 steps: {seconds:.1f} s, {peak:.0f} MB, on a small text {small:.0f} MB")
-    assert peak < small + 200
+    print(f"trained 8 steps: {seconds:.1f} s, {peak:.0f} MB, on a small text {small:.0f} MB")
+    assert peak < small + 100
 
 
 def measured(*argv: str) -> tuple[str, float, float]:
-    """Run Python with `argv`: its output, peak memory in MB and seconds."""
-    import time
-
-    start = time.perf_counter()
+    """Run Python with `argv`: its output, the most memory of its own in MB, seconds."""
+    start, peak_kb = time.perf_counter(), 0
     process = subprocess.Popen(
-        [sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, *argv],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
-    out = process.stdout.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    process.stdout.close()
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+            peak_kb = max(peak_kb, int(found[1]))
+        time.sleep(0.02)
+    out = process.communicate()[0]
     assert process.returncode == 0, out
-    scale = 1 if sys.platform == "darwin" else 1024
-    assert isinstance(usage, resource.struct_rusage)
-    return out, usage.ru_maxrss * scale / 1e6, time.perf_counter() - start
+    return out, peak_kb / 1e3, time.perf_counter() - start
