@@ -160,7 +160,7 @@ def cases(options: Options) -> list[Case]:
     """The notebook's shape first, then sweeps over T, D and B."""
     cuda = options.device.type == "cuda"
     size = options.dtype.itemsize
-    B0 = 64 if cuda else 16
+    B0 = 64 if cuda else 4 if options.quick else 16
 
     def core(B, T, D, p=0.0, phase=TRAINING, H=6, **rest):
         def inputs(generator):
@@ -215,8 +215,10 @@ def cases(options: Options) -> list[Case]:
 
     Ts = (64, 128, 256, 512, 1024) + ((2048, 4096, 8192) if cuda else ())
     batches = (1, 4, 16, 64) + ((256,) if cuda else ())
-    found = [core(B0, 256, 64, p, phase, quick=True) for p in (0.2, 0.0) for phase in PHASES]
-    found += [layer(B0, 256, phase, quick=phase == TRAINING) for phase in PHASES]
+    found = [
+        core(B0, 256, 64, p, phase, quick=cuda or p > 0) for p in (0.2, 0.0) for phase in PHASES
+    ]
+    found += [layer(B0, 256, phase, quick=cuda and phase == TRAINING) for phase in PHASES]
     if cuda:
         found += [core(8, 1024, 64, p, phase, H=12) for p in (0.0, 0.1) for phase in PHASES]
     points = sweep_points({"T": Ts, "D": (16, 32, 64, 85, 128), "B": batches}, B=4, T=256, D=64)

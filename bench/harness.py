@@ -300,14 +300,20 @@ def run_cases(
     ceilings: dict[str, float],
     show: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Run cases in their order until the time is up; those left out are named, never dropped."""
+    """Run cases in their order until the time is up; those left out are named, never dropped.
+
+    A case whose like took more than twice what is left is not begun.
+    """
     wanted = [
-        case for case in cases if options.full or (case.quick if options.quick else not case.full)
+        case
+        for case in distinct(cases)
+        if options.full or (case.quick if options.quick else not case.full)
     ]
     budget = Budget(float("inf") if options.full else options.seconds)
     records, left_out = [], []
     for number, case in enumerate(wanted):
-        if records and budget.left <= 0:
+        typical = (budget.seconds - budget.left) / len(records) if records else 0.0
+        if records and budget.left <= typical / 2:
             left_out.append(case.name)
             continue
         share = 20.0 if options.full else max(budget.left, 0) / (len(wanted) - number) / 2

@@ -53,6 +53,8 @@ def cases(options: Options) -> list[Case]:
         for case in attention.cases(options)
         if "T" in case.sweeps and not case.shape["p"] and (case.quick or not options.quick)
     ]
+    if options.quick and not cuda:
+        found = [case for case in found if case.shape["T"] < 512]
     preset, Ts = ("notebook", (128, 256, 512, 1024)) if cuda else ("nanogpt-cpu", (64, 128, 256))
     for T in Ts[:2] if options.quick else Ts:
         size = step.Size(f"step T{T}", preset, {"block_size": T, "dropout": 0.0})

@@ -40,7 +40,8 @@ def cases(options: Options) -> list[Case]:
         given = {AXES[axis]: value for axis, value in point.items()}
         label = " ".join(f"{axis}{value}" for axis, value in point.items())
         size = step.Size(label, preset, given)
-        rest = {"sweeps": names, "quick": "C" in names, "shape": {"kind": "step"}}
+        quick = "C" in names and point["C"] <= centre["C"]
+        rest = {"sweeps": names, "quick": quick, "shape": {"kind": "step"}}
         found.append(step.step_case(size, options, only=("naive", "eager"), **rest))
     return found
 

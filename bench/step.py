@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from bench import models, peers
-from bench.harness import OURS, Case, Check, Contestant, Options, Work, check_tensors
+from bench.harness import OURS, Case, Check, Contestant, Options, Skip, Work, check_tensors
 from bench.timing import SelfTimed
 from bench.work import ADAMW_BYTES, parameters, step_flops
 from bench.worker import Worker
@@ -188,6 +188,8 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
 
 def _naive_process(source: models.GPT, bench: _Bench) -> Contestant:
     def start():
+        if bench.options.quick and bench.options.peers is None:
+            raise Skip("left out by --quick: a process takes seconds to start")
         return SelfTimed(Worker(source.config, bench.train).step_ms)
 
     # The same code as "naive", whose check it shares.

@@ -1,14 +1,16 @@
 """Cases, checks and records: what is wrong is not timed, what is absent says why."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
+from bench import harness, render
 from bench import record as recording
-from bench import render
 from bench.harness import (
     OURS,
+    Budget,
     Case,
     Check,
     Contestant,
@@ -118,6 +120,31 @@ def test_cases_left_out_for_time_are_named():
     )
     assert [case["case"] for case in content["cases"]] == ["a"]
     assert content["left_out"] == ["b", "c"]
+
+
+@pytest.mark.parametrize("left, begun", [(0.4, 2), (0.6, 3)], ids=["too-little", "enough"])
+def test_a_case_is_begun_only_if_half_of_it_fits(left, begun, monkeypatch):
+    """Two cases of a second each, then `left` seconds of the budget."""
+    now = [0.0]
+
+    def lasts_a_second(case, *_):
+        now[0] += 1
+        return {"case": case.name}
+
+    monkeypatch.setattr(harness, "run_case", lasts_a_second)
+    monkeypatch.setattr(harness, "Budget", functools.partial(Budget, clock=lambda: now[0]))
+    cases = [a_case(contestant(OURS), name=name) for name in "abc"]
+    options = dataclasses.replace(OPTIONS, seconds=2 + left)
+    content = run_cases(cases, options, None, CEILINGS, show=lambda case: None)
+    assert len(content["cases"]) == begun and len(content["left_out"]) == 3 - begun
+
+
+def test_a_case_named_twice_runs_once():
+    cases = [a_case(contestant(OURS), name=name) for name in "aba"]
+    options = dataclasses.replace(OPTIONS, seconds=60.0)
+    watch = Stopwatch(CPU, cache_bytes=0)
+    content = run_cases(cases, options, watch, CEILINGS, show=lambda case: None)
+    assert [case["case"] for case in content["cases"]] == ["a", "b"]
 
 
 def test_quick_default_and_full_choose_their_cases():

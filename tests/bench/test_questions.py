@@ -204,7 +204,7 @@ def test_peers_come_with_spaces_or_commas():
 def test_defaults_follow_the_device():
     options = options_of({"device": "cpu"}, None)
     assert (options.dtype, options.seconds, options.quick) == (torch.float32, 300, False)
-    assert options_of({"device": "cpu", "quick": True}, None).seconds == 60
+    assert options_of({"device": "cpu", "quick": True}, None).seconds == 48
 
 
 def test_pytest_bench_asks_questions_that_exist():
