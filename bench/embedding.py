@@ -60,7 +60,7 @@ def cases(options: Options) -> list[Case]:
             **rest,
         )
 
-    B0 = 64 if cuda else 16
+    B0 = 64 if cuda else 4 if options.quick else 16
     found = [case(B0, 256, 384, phase=phase, quick=True) for phase in PHASES]
     found += [case(B0, 256, 384, p=0.2, quick=True)]
     found += [case(8 if cuda else 1, 1024, 768, 50304)]

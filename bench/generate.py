@@ -113,7 +113,7 @@ def _open(B: int, new: int, config: GPTConfig, options: Options) -> Iterator[Con
         with torch.device(options.device):
             wired = GPT(config.replace(**models.GPT2_WIRING)).eval()
         wired.load_state_dict(source.state_dict(), strict=False)  # biases stay zero
-        model = models.to_transformers(wired).to(options.dtype).eval()
+        model = models.to_transformers(wired, options).to(options.dtype).eval()
         settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
         mask = torch.ones_like(prompt)
         return lambda: model.generate(

@@ -89,7 +89,7 @@ def cases(options: Options) -> list[Case]:
         shape = {"B": B, "T": T, "C": C, "kind": kind}
         return op_case(op, options, name, phase, work, "GB/s", shape=shape, **rest)
 
-    B0 = 64 if cuda else 16
+    B0 = 64 if cuda else 4 if options.quick else 16
     Cs = (64, 128, 384, 768, 1536) + ((3072, 6144, 12288) if cuda else ())
     found = [case("add", B0, 256, 384, 0.2, phase, quick=phase == TRAINING) for phase in PHASES]
     found += [case("add", B0, 256, 384, 0.0, quick=True)]

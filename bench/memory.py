@@ -25,6 +25,9 @@ from bench.harness import OURS, Budget, Case, Options, Skip, first_line
 from bench.timing import SelfTimed
 
 
+TITLES = {"core": "attention core B4-H6-D64, forward+backward", "step": "training step"}
+
+
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """The most bytes that `call` holds at once beyond those held before it."""
     gc.collect()
@@ -89,10 +92,6 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
             else:
                 peaks.setdefault(kind, {}).setdefault(T, {})[contestant.name] = peak
         gc.collect()
-    titles = {
-        "core": "attention core B4-H6-D64, forward+backward",
-        "step": "training step",
-    }
     tables = []
     for kind, by_T in peaks.items():
         names = list(dict.fromkeys(name for row in by_T.values() for name in row))
@@ -103,8 +102,8 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
             known = [value for value in values if value]
             grown = f"x{known[-1] / known[-2]:.2f}" if len(known) > 1 else ""
             rows.append([name, *cells, grown])
-        tables.append({"title": titles[kind], "rows": rows})
-        print(f"\n{titles[kind]}\n{render.align(rows)}")
+        tables.append({"title": TITLES[kind], "rows": rows})
+        print(f"\n{TITLES[kind]}\n{render.align(rows)}")
     for name, reason in absent.items():
         print(f"  {name}: {reason}")
     return {
@@ -122,7 +121,7 @@ def plot(content: dict[str, Any], folder: Path, stem: str = "") -> list[Path]:
     for kind, by_T in content["peaks_mb"].items():
         if len(by_T) < 2:
             continue
-        drawing, axes = render.figure(f"peak memory, {kind}", "T", "MB")
+        drawing, axes = render.figure(f"peak memory: {TITLES[kind]}", "T", "MB")
         for name in dict.fromkeys(name for row in by_T.values() for name in row):
             points = [(int(T), row[name]) for T, row in by_T.items() if name in row]
             style = render.OURS_STYLE if name == OURS else {}

@@ -64,7 +64,7 @@ def cases(options: Options) -> list[Case]:
             **rest,
         )
 
-    B0 = 64 if cuda else 16
+    B0 = 64 if cuda else 4 if options.quick else 16
     Cs = (64, 128, 256, 384, 768) + ((1536, 3072) if cuda else ())
     found = [case("relu", B0, 256, 384, phase, quick=True) for phase in PHASES]
     found += [case("gelu", B0, 256, 384, phase, quick=phase == TRAINING) for phase in PHASES]

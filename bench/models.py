@@ -102,9 +102,9 @@ def to_nanogpt(source: GPT, options: Options) -> nn.Module:
 
 
 @torch.no_grad()
-def to_transformers(source: GPT) -> nn.Module:
+def to_transformers(source: GPT, options: Options) -> nn.Module:
     """transformers' GPT2LMHeadModel with the weights of `source`, wired as GPT2_WIRING."""
-    package, config = peers.transformers(), source.config
+    package, config = peers.transformers(options), source.config
     _require_wiring("transformers' GPT-2", config)
     p = config.dropout
     model = package.GPT2LMHeadModel(

@@ -129,8 +129,10 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def transformers() -> ModuleType:
+def transformers(options: Options) -> ModuleType:
     """The package of Hugging Face."""
+    if options.quick and options.peers is None:
+        raise Skip("left out by --quick: its import takes seconds")
     if importlib.util.find_spec("transformers") is None:
         raise Skip("transformers is not installed")
     return importlib.import_module("transformers")

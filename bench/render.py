@@ -172,9 +172,13 @@ def save(drawing, path: Path) -> Path:
 
 
 def log_axis(axes, xs: list[float]) -> None:
-    """Both axes logarithmic, the points of x named."""
+    """Both axes logarithmic, the points of x named, y at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.set_xticks(xs, [str(x) for x in xs])
     axes.minorticks_off()
 
@@ -186,7 +190,8 @@ def plot_sweeps(question: str, cases: list[Record], ours: str, folder: Path, ste
         held = {k: v for k, v in group[0]["shape"].items() if k not in (axis, "kind", "p")}
         if axis in ("C", "D"):
             held = {k: v for k, v in held.items() if k not in ("C", "D")}
-        title = f"{question}: {fixed}, {group[0]['dtype']}, " + " ".join(
+        what = " ".join(dict.fromkeys(fixed.split()))
+        title = f"{question}: {what}, {group[0]['dtype']}, " + " ".join(
             f"{k}={v}" for k, v in held.items()
         )
         drawing, axes = figure(title, axis, "ms (median, quartiles)")

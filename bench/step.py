@@ -158,7 +158,7 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
 
     def transformers():
         wired = bench.wired(models.GPT2_WIRING)
-        return models.to_transformers(wired).train(), wired
+        return models.to_transformers(wired, options).train(), wired
 
     contestants = [
         peer(

@@ -312,19 +312,20 @@ def table(runs: list[Run]) -> list[list[str]]:
 
 def plot(content: dict[str, Any], folder: Path, stem: str = "") -> list[Path]:
     """Validation loss against seconds, every run."""
-    if not content["runs"]:
+    runs = [run for run in content["runs"] if len(run["curve"]) > 1]
+    if not runs:
         return []
     title = f"validation loss against seconds, preset {content['preset']}"
     drawing, axes = render.figure(title, "seconds", "validation loss")
     colours = {OURS: render.OURS_STYLE["color"], "nanogpt": "#2060c0"}
-    for who in dict.fromkeys(run["who"] for run in content["runs"]):
-        group = [run for run in content["runs"] if run["who"] == who]
+    for who in dict.fromkeys(run["who"] for run in runs):
+        group = [run for run in runs if run["who"] == who]
         for number, run in enumerate(group):
             label = f"{who} ({len(group)} runs)" if not number else None
             points = zip(*run["curve"], strict=True)
             axes.plot(*points, marker=".", color=colours[who], label=label)
     axes.axhline(content["target"], color="k", linestyle="--", label=f"{content['target']:g}")
-    losses = [loss for run in content["runs"] for _, loss in run["curve"]]
+    losses = [loss for run in runs for _, loss in run["curve"]]
     axes.set_ylim(min(losses) - 0.05, min(max(losses), min(losses) + 1.5))
     axes.legend(fontsize=8)
     return [render.save(drawing, folder / f"{stem}time_to_loss.png")]
