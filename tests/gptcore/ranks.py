@@ -1,0 +1,281 @@
+"""Runs of train.py in several processes, forked from one that has imported everything.
+
+    python ranks.py SCENARIOS.json
+
+SCENARIOS.json is a list of {"folder", "flags", "processes"}, perhaps with "damage", one of DAMAGES,
+and "goes_on_from", a run folder. With 0 processes there is one, without torchrun's environment.
+Rank r writes into the folder: r.out and r.err (what it printed), r.pt (what it saw: batches, masks,
+collectives, the step it left at). half is the run folder as it was at step 2, codes.json holds the exit codes.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch._dynamo  # before forking: three seconds
+import torch.distributed as dist
+import torch.distributed.fsdp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import train
+from gptcore import distributed, log, machine, step, trainer
+from kernels import attention_eager, layer_norm, rng
+
+DEADLINE_S = 300  # generous: the machine may be shared
+
+
+def main(path: str) -> None:
+    """Run the scenarios one after the other."""
+    trainer.EVALUATION_TOKENS = 64  # several batches even of a small text
+    machine.matmul_rate = lambda device, dtype: 1e10  # takes longer than these runs
+    log.plot_losses = lambda metrics, image: None
+    for scenario in json.loads(Path(path).read_text()):
+        folder, before = Path(scenario.pop("folder")), scenario.pop("goes_on_from", None)
+        folder.mkdir(parents=True)
+        if before:
+            shutil.copytree(before, folder / "run")
+        codes = run(folder, **scenario)
+        (folder / "codes.json").write_text(json.dumps(codes))
+
+
+def run(folder: Path, flags: list[str], processes: int, damage: str = "") -> list[int]:
+    """Exit codes of the ranks; below 0 the signal that ended one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(max(1, processes)):
+        child = os.fork()
+        if child == 0:
+            if processes:
+                os.environ |= {
+                    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
+                }
+            os._exit(rank_main(folder, flags, rank, damage))
+        children.append(child)
+    codes, deadline = {}, time.monotonic() + DEADLINE_S
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
+
+
+def rank_main(folder: Path, flags: list[str], rank: int, damage: str) -> int:
+    """One rank, from its flags to its exit code."""
+    seen = {"batches": {}, "masks": {}, "gradient_collectives": 0}
+    with (
+        open(folder / f"{rank}.out", "w") as out,
+        open(folder / f"{rank}.err", "w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            watch(seen)
+            keep_half(folder / "half")
+            if damage:
+                DAMAGES[damage](rank)
+            code = train.main([*flags, f"--out_dir={folder / 'run'}"])
+        except BaseException:
+            traceback.print_exc()
+            code = 70
+    torch.save(seen, folder / f"{rank}.pt")
+    return code
+
+
+def watch(seen: dict) -> None:
+    """Note in `seen` what batches, masks and collectives of gradients there are."""
+    draw = step.Step._batch
+
+    def batch(self, key, first, rows):
+        idx, targets = draw(self, key, first, rows)
+        for row in range(rows):
+            window = idx[row].tolist(), targets[row].tolist()
+            seen["batches"][self.step, first + row] = window
+        return idx, targets
+
+    step.Step._batch = batch
+    real_mask = rng.dropout_keep_mask
+
+    def mask(key, site, planes, rows, cols, p, device=None):
+        keep = real_mask(key, site, planes, rows, cols, p, device)
+        planes, rows = (rng._positions(x, keep.device).tolist() for x in (planes, rows))
+        for plane, of_plane in zip(planes, keep.numpy(), strict=True):
+            for row, of_row in zip(rows, of_plane, strict=True):
+                at, drawn = (int(key[1]), site, plane, row), of_row.tobytes()
+                known = seen["masks"].setdefault(at, drawn)
+                assert known.startswith(drawn) or drawn.startswith(known)  # the backward's: again
+                seen["masks"][at] = max(known, drawn, key=len)
+        return keep
+
+    layer_norm.dropout_keep_mask = attention_eager.dropout_keep_mask = mask
+    wrap = distributed.engine
+
+    def counted(module, world):
+        engine = wrap(module, world)
+        if engine is not module:
+
+            def hook(state, bucket):
+                seen["gradient_collectives"] += 1
+                return allreduce_hook(None, bucket)
+
+            engine.register_comm_hook(None, hook)
+        return engine
+
+    step.engine = counted
+    name = "reduce_scatter_single"  # of FSDP2 in torch 2.13
+    name = name if hasattr(dist, name) else "reduce_scatter_tensor"
+    scatter = getattr(dist, name)
+
+    def counted_scatter(*args, **kwargs):
+        seen["gradient_collectives"] += 1
+        return scatter(*args, **kwargs)
+
+    setattr(dist, name, counted_scatter)
+    train_ = trainer._train
+
+    def train_and_note(run):
+        try:
+            return train_(run)
+        finally:
+            seen["step"] = run.step
+
+    trainer._train = train_and_note
+
+
+def keep_half(folder: Path) -> None:
+    """Have the run folder of step 2 copied to `folder`."""
+    real = trainer.save
+
+    def save(run, *names):
+        real(run, *names)
+        if run.world.rank == 0 and run.step == 2 and not folder.exists():
+            run.writer.wait()
+            shutil.copytree(run.folder, folder)
+
+    trainer.save = save
+
+
+# ---- what can go wrong -----------------------------------------------------------------------
+
+
+def damaged(function):
+    """A damage for every rank."""
+    return lambda rank: function()
+
+
+@damaged
+def offset_forgotten():
+    """Every rank takes the first rows."""
+    real = distributed.World.micro_batches
+
+    def forgetful(self, config):
+        found = real(self, config)
+        return [(first - found[0][0], rows) for first, rows in found]
+
+    distributed.World.micro_batches = forgetful
+
+
+@damaged
+def dropout_offset_forgotten():
+    """Every rank draws the masks of the first rows."""
+    draw = step.Step._batch
+
+    def batch(self, key, first, rows):
+        key[2] = 0
+        return draw(self, key, first, rows)
+
+    step.Step._batch = batch
+
+
+@damaged
+def mean_of_means():
+    """Ranks and micro-batches weigh the same, whatever they hold."""
+    step.Step._shares = lambda self, batches: [torch.tensor(1 / len(batches))] * len(batches)
+
+
+@damaged
+def never_synchronised():
+    """Every rank follows its own gradient."""
+    step.synchronised = lambda engine, world, last: engine.no_sync()
+
+
+@damaged
+def synchronised_always():
+    """Gradients go round with every micro-batch."""
+    step.synchronised = lambda engine, world, last: contextlib.nullcontext()
+
+
+@damaged
+def clipped_locally():
+    """The norm of a shard is taken for that of the gradient."""
+
+    def clip(parameters, limit):
+        gradients = [p.grad.to_local() for p in parameters]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        for gradient in gradients:
+            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    torch.nn.utils.clip_grad_norm_ = clip
+
+
+@damaged
+def evaluation_not_summed():
+    """Every rank believes its own part of the evaluation."""
+    real = trainer.evaluate
+    trainer.evaluate = lambda model, batches, world: real(
+        model, (batch for batch, counts in world.shard(batches) if counts)
+    )
+
+
+def at_step(number: int, act, only: int):
+    """`act` on rank `only` before update `number`."""
+
+    def damage(rank):
+        real = trainer.training_step
+
+        def training_step(run):
+            if rank == only and run.step == number:
+                act()
+            return real(run)
+
+        trainer.training_step = training_step
+
+    return damage
+
+
+def fail():
+    """A bug on one rank."""
+    raise ZeroDivisionError("a bug")
+
+
+DAMAGES = {
+    "offset forgotten": offset_forgotten,
+    "dropout offset forgotten": dropout_offset_forgotten,
+    "mean of means": mean_of_means,
+    "never synchronised": never_synchronised,
+    "always synchronised": synchronised_always,
+    "clipped locally": clipped_locally,
+    "evaluation not summed": evaluation_not_summed,
+    "SIGTERM to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGTERM), 1),
+    "SIGKILL to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGKILL), 1),
+    "exception on rank 1": at_step(2, fail, 1),
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1])
