@@ -51,7 +51,7 @@ def check_tokens(tokens: torch.Tensor, source: models.GPT, dtype: torch.dtype) -
 def cases(options: Options) -> list[Case]:
     """A sweep over the number of new tokens, and a batch of 16."""
     cuda = options.device.type == "cuda"
-    new = (60, 120, 240) if cuda else (8, 16, 32) if options.quick else (24, 48, 96)
+    new = (60, 120, 240) if cuda else (4, 8, 16) if options.quick else (24, 48, 96)
     points = [(1, N, ("N",), N == new[1]) for N in (new[1], new[0], new[2])]
     points.append((16, new[1], (), False))
     return [_case(B, N, options, sweeps, quick) for B, N, sweeps, quick in points]

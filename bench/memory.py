@@ -24,7 +24,6 @@ from bench import attention, render, step
 from bench.harness import OURS, Budget, Case, Options, Skip, first_line
 from bench.timing import SelfTimed
 
-
 TITLES = {"core": "attention core B4-H6-D64, forward+backward", "step": "training step"}
 
 

@@ -265,8 +265,9 @@ class Shapes:
     """The sizes an op is checked at, as names: "B2-T65-H2-D16-p0.2".
 
     quick: always, though interpreted float16 and bfloat16 make do with the first of them;
-    full: with --full, and always where nothing is interpreted; large: with --full where nothing
-    is interpreted; draw: one more at random.
+    full: with --full, and always where nothing is interpreted; blocks: always where nothing is
+    interpreted, on the CPU more than one block; large: with --full where nothing is interpreted;
+    draw: one more at random.
     """
 
     build: Callable[..., Problem]
@@ -274,6 +275,7 @@ class Shapes:
     full: tuple[str, ...]
     large: tuple[str, ...]
     draw: Callable[[random.Random], str]
+    blocks: tuple[str, ...] = ()
 
 
 def _random_attention(r: random.Random) -> str:
@@ -289,7 +291,6 @@ SHAPES = {
         quick=("B1-H2-T33-D16-p0.2", "B1-H1-T17-D85-scale0.05", "B1-H1-T3-Tk40-D8-p0.5"),
         full=(
             "B2-H2-T65-D16-p0.2",
-            "B1-H2-T370-D16-p0.2",  # on the CPU more than one block
             *("B0-H2-T8-D8", "B1-H1-T1-D1", "B1-H1-T1-Tk77-D64", "B1-H2-T64-D64-p0.2"),
             *("B1-H1-T63-D128", "B1-H1-T129-D85-p0.2", "B1-H1-T17-D256-p0.1"),
         ),
@@ -298,12 +299,14 @@ SHAPES = {
             *("B1-H2-T1000-D128-p0.1",),
         ),
         draw=_random_attention,
+        blocks=("B1-H2-T370-D16-p0.2",),
     ),
     "causal_attention_qkv": Shapes(
         attention_qkv,
         quick=("B1-T19-H3-D16-p0.2",),
-        full=("B0-T8-H2-D8", "B1-T370-H2-D16-p0.2", "B1-T65-H2-D64", "B2-T31-H6-D85-p0.2"),
+        full=("B0-T8-H2-D8", "B1-T65-H2-D64", "B2-T31-H6-D85-p0.2"),
         large=("B8-T256-H6-D64-p0.2", "B2-T1024-H12-D64"),
+        blocks=("B1-T370-H2-D16-p0.2",),
         draw=lambda r: (
             f"B{r.randint(1, 2)}-T{r.randint(9, 40)}-H{r.randint(1, 2)}-D{r.randint(1, 48)}"
             f"-p{r.choice((0.0, 0.3))}"
@@ -410,7 +413,7 @@ def problem_names(op: str, full: bool, compiled: bool, seed: int, dtype: str) ->
     """The sizes of one op, the fixed and the drawn ones; the same for the same seed."""
     shapes = SHAPES[op]
     if compiled:
-        names = [*shapes.quick, *shapes.full, *(shapes.large if full else ())]
+        names = [*shapes.quick, *shapes.full, *shapes.blocks, *(shapes.large if full else ())]
     elif full:
         names = [*shapes.quick, *shapes.full]
     else:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from bench.selfcheck import agree, repeated, slowed
+from bench.selfcheck import agree, repeated, slowed, two_runs
 from bench.timing import (
     FEW_ROUNDS,
     MIN_ROUNDS,
@@ -110,6 +110,19 @@ def test_two_runs_of_one_op_differ_by_less_than_the_spread_they_report():
     )
     assert agree(first, second) == "good"
     assert agree(first, Summary(first.median * 1.2, first.q25 * 1.2, first.q75 * 1.2)) == "WRONG"
+
+
+def test_a_large_spread_shows_nothing_unless_the_medians_agree():
+    wide = Summary(1.0, 0.8, 1.2)
+    assert agree(wide, Summary(1.04, 0.9, 1.1)) == "good"
+    assert agree(wide, Summary(1.1, 0.9, 1.3)) == "noisy"
+    assert agree(wide, Summary(1.5, 1.4, 1.6)) == "WRONG"
+
+
+def test_the_two_runs_of_the_selfcheck_alternate():
+    machine = Machine()
+    runs = two_runs({"op": machine.work("op", 0.01)}, stopwatch(machine), seconds=0.0)
+    assert [len(run["op"]) for run in runs] == [8 * MIN_ROUNDS] * 2
 
 
 @pytest.mark.parametrize(
