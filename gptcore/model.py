@@ -225,7 +225,6 @@ class GPT(nn.Module):
     def _attention(self, layer, block, y, p, key, cache, angles):
         """(B, T, C) -> (B, T, H * D)."""
         config = self.config
-        qkv = self._qkv(block, y, angles)
         options = {
             "scale": config.scale,
             "dropout_p": p,
@@ -234,8 +233,10 @@ class GPT(nn.Module):
             "backend": config.backend,
         }
         if cache is None:
+            qkv = block.qkv(y).unflatten(-1, (3, config.n_head, config.D))
+            options |= {"angles": angles, "normalize": config.qk_norm}
             return causal_attention_qkv(qkv, **options).flatten(-2)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        q, k, v = self._qkv(block, y, angles).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         return cache.attend(layer, q, k, v, **options).transpose(1, 2).flatten(-2)
 
     def _last_attention(self, layer, block, y, cache, angles):

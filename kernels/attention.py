@@ -25,6 +25,7 @@ from kernels.rng import (
     dropout_scale,
     dropout_threshold,
 )
+from kernels.rotary import rotary_qkv
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,22 +53,45 @@ def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0)
 _SMALL = 1 << 18  # probabilities
 
 
-def _small_or_inference(q, k, v, key, scale, dropout_p, site):
-    """The eager calls that need no blocks; None for the others."""
+def _is_small(q, k):
+    """Whether an eager call needs no blocks."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
     traced = torch.compiler.is_compiling() or transforming()
-    small = B * H * Tq * Tk <= _SMALL and q.dtype in (torch.float32, torch.float64)
-    if small and not traced:
-        p = (q * scale) @ k.mT
-        if Tq > 1:
-            p = p + attention_eager.above_diagonal(Tq, Tk, p.dtype, p.device)
-        p = p.softmax(-1)
-        if dropout_p:
-            whole = slice(0, B), slice(0, H)
-            keep = attention_eager.keep_block(key, site, dropout_p, H, whole, slice(0, Tq), Tk)
-            p = p * keep.view(B, H, Tq, Tk)
-            v = v * dropout_scale(dropout_p)
-        return p @ v
+    return not traced and B * H * Tq * Tk <= _SMALL and q.dtype in (torch.float32, torch.float64)
+
+
+def _whole_keep(key, site, dropout_p, q, k):
+    """(B * H, Tq, Tk) bool of a small call."""
+    whole = slice(0, q.shape[0]), slice(0, q.shape[1])
+    rows = slice(0, q.shape[2])
+    return attention_eager.keep_block(key, site, dropout_p, q.shape[1], whole, rows, k.shape[2])
+
+
+def _small(q, k, v, key, scale, dropout_p, site):
+    """The equation, written plainly."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    p = (q * scale) @ k.mT
+    if Tq > 1:
+        p = p + attention_eager.above_diagonal(Tq, Tk, p.dtype, p.device)
+    p = p.softmax(-1)
+    if dropout_p:
+        p = p * _whole_keep(key, site, dropout_p, q, k).view(p.shape)
+        v = v * dropout_scale(dropout_p)
+    return p @ v
+
+
+def _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site):
+    """`_small` of a packed projection, rotated first if there are angles: (B, T, H, D)."""
+    factor = None
+    if dropout_p:
+        keep = _whole_keep(key, site, dropout_p, *_heads(qkv)[:2])
+        factor = keep.to(qkv.dtype).mul_(dropout_scale(dropout_p))
+    return attention_eager.SmallAttention.apply(qkv, angles, normalize, scale, factor)
+
+
+def _large_inference(q, k, v, scale, dropout_p):
+    """SDPA where it serves; None elsewhere."""
+    Tq, Tk = q.shape[2], k.shape[2]
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if dropout_p or needs_gradient or scale <= 0:
         # SDPA's backward on the CPU is five times less exact than the equation, and it takes
@@ -273,7 +297,9 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
     backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, backend)
     key = check_key(op, key, q.device) if dropout_p else None
     if backend == "eager":
-        o = _small_or_inference(q, k, v, key, scale, dropout_p, site)
+        if _is_small(q, k):
+            return _small(q, k, v, key, scale, dropout_p, site)
+        o = _large_inference(q, k, v, scale, dropout_p)
         if o is not None:
             return o
     if backend == "triton" and scale <= 0:
@@ -283,11 +309,22 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
     return run(q, k, v, key, scale, dropout_p, site, backend)[0]
 
 
-def causal_attention_qkv(qkv, *, scale=None, dropout_p=0.0, key=None, site=0, backend="auto"):
+def causal_attention_qkv(
+    qkv,
+    *,
+    angles=None,
+    normalize=False,
+    scale=None,
+    dropout_p=0.0,
+    key=None,
+    site=0,
+    backend="auto",
+):
     """`causal_attention` of a packed projection; nothing is copied, forward or backward.
 
     Args:
         qkv: (B, T, 3, H, D), any strides; the rest as in `causal_attention`.
+        angles, normalize: with angles, `rotary_qkv(qkv, angles, normalize=normalize)` comes first.
     Returns: o (B, T, H, D), dtype of qkv. The gradient of qkv is one tensor.
     Raises: as `causal_attention`.
     """
@@ -298,8 +335,13 @@ def causal_attention_qkv(qkv, *, scale=None, dropout_p=0.0, key=None, site=0, ba
     q, k, v = _heads(qkv)
     backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, backend)
     key = check_key(op, key, qkv.device) if dropout_p else None
+    if backend == "eager" and _is_small(q, k):
+        return _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site)
+    if angles is not None:
+        qkv = rotary_qkv(qkv, angles, normalize=normalize, backend=backend)
+        q, k, v = _heads(qkv)
     if backend == "eager":
-        o = _small_or_inference(q, k, v, key, scale, dropout_p, site)
+        o = _large_inference(q, k, v, scale, dropout_p)
         if o is not None:
             return o.transpose(1, 2)
     if backend == "triton" and scale <= 0:

@@ -14,6 +14,7 @@ import math
 import numpy as np
 import torch
 
+from kernels import rotary
 from kernels.rng import dropout_keep_mask, dropout_scale
 from kernels.threads import for_each
 
@@ -85,6 +86,52 @@ def keep_block(key, site, dropout_p, H, chunk, rows, visible):
     planes = (b[:, None] * H + h).flatten()
     positions = range(visible - (rows.stop - rows.start), visible)
     return dropout_keep_mask(key, site, planes, positions, visible, dropout_p)
+
+
+class SmallAttention(torch.autograd.Function):
+    """Packed attention whose probabilities all fit the cache, in the fewest ops.
+
+    One copy gathers the heads and one scatters their gradients; rotation happens in between, where
+    it costs no copy of its own. Up to here dispatch, not arithmetic, is what takes the time.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, table, normalize, scale, factor):
+        """qkv (B, T, 3, H, D); factor (B * H, T, T), 0 or dropout's scale, or None: o like v."""
+        B, T, _, H, D = qkv.shape
+        heads = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, T, D)
+        rstd = None
+        if table is not None:
+            rstd = rotary.turn_(heads[:2], table, normalize)
+        q, k, v = heads.view(3, B * H, T, D)
+        p = q.new_empty(B * H, T, T).copy_(above_diagonal(T, T, q.dtype, q.device))
+        p = p.baddbmm_(q, k.mT, alpha=scale).softmax(-1)
+        dropped = p if factor is None else p * factor
+        o = torch.bmm(dropped, v).view(B, H, T, D).transpose(1, 2).contiguous()
+        ctx.save_for_backward(heads, p, factor, table, rstd)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        heads, p, factor, table, rstd = ctx.saved_tensors
+        _, B, H, T, D = heads.shape
+        q, k, v = heads.view(3, B * H, T, D)
+        do = do.transpose(1, 2).reshape(B * H, T, D)
+        gradients = torch.empty_like(heads)
+        dq, dk, dv = gradients.view(3, B * H, T, D)
+        dp = torch.bmm(do, v.mT)
+        dropped = p
+        if factor is not None:
+            dropped, dp = p * factor, dp.mul_(factor)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        torch.bmm(dropped.mT, do, out=dv)
+        torch.baddbmm(dq, ds, k, beta=0, alpha=ctx.scale, out=dq)
+        torch.baddbmm(dk, ds.mT, q, beta=0, alpha=ctx.scale, out=dk)
+        if table is not None:
+            rotary.turn_back_(gradients[:2], heads[:2], table, rstd)
+        return gradients.permute(1, 3, 0, 2, 4).contiguous(), None, None, None, None
 
 
 def _pack(keep):

@@ -51,10 +51,35 @@ def rotary_reference(qkv, table, *, normalize=False):
     return torch.cat((y, v), dim=2)
 
 
-def _turn_(x, table, *, back=False):
-    """x (B, T, 2, H, D), turned in place: one complex product instead of six real ones."""
-    angles = torch.view_as_complex(table)[:, None, None]
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(angles.conj() if back else angles)
+def _pairs(x):
+    """x (..., D) as complex numbers (..., D // 2), a view."""
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+
+
+def turn_(x, table, normalize):
+    """Normalise and rotate x (..., T, D), float32 or float64, in place; returns rstd or None.
+
+    One complex product does what six real ones would.
+    """
+    rstd = None
+    if normalize:
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd = rstd.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
+        x.mul_(rstd)
+    _pairs(x).mul_(torch.view_as_complex(table))
+    return rstd
+
+
+def turn_back_(g, y, table, rstd):
+    """From g, the gradient of y = turn_(x), that of x, in place of g; y, if normalised, goes too.
+
+    A turn changes no inner product, so mean_D(g n) is that of g and y before either is turned;
+    the table being float32, this holds to its rounding.
+    """
+    if rstd is not None:
+        along = torch.linalg.vecdot(g, y).unsqueeze_(-1).div_(g.shape[-1])
+        g.addcmul_(y, along, value=-1).mul_(rstd)
+    _pairs(g).mul_(torch.view_as_complex(table).conj())
 
 
 class _EagerRotary(torch.autograd.Function):
@@ -64,27 +89,18 @@ class _EagerRotary(torch.autograd.Function):
     def forward(ctx, qkv, table, normalize):
         wide = torch.promote_types(qkv.dtype, torch.float32)
         y = qkv.to(wide, copy=True, memory_format=torch.contiguous_format)
-        x, rstd = y[:, :, :2], None
-        if normalize:
-            rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            rstd = rstd.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
-            x.mul_(rstd)
-        _turn_(x, table)
-        ctx.save_for_backward(qkv if normalize else None, table, rstd)
+        rstd = turn_(y[:, :, :2].transpose(1, 3), table, normalize)
+        ctx.save_for_backward(y if normalize else None, table, rstd)
         return y.to(qkv.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        qkv, table, rstd = ctx.saved_tensors
+        y, table, rstd = ctx.saved_tensors
         wide = torch.promote_types(dy.dtype, torch.float32)
         dqkv = dy.to(wide, copy=True, memory_format=torch.contiguous_format)
-        g = dqkv[:, :, :2]
-        _turn_(g, table, back=True)
-        if rstd is not None:
-            x = qkv[:, :, :2].to(wide)
-            along = (g * x).mean(-1, keepdim=True).mul_(rstd).mul_(rstd)
-            g.addcmul_(x, along, value=-1).mul_(rstd)
+        g = dqkv[:, :, :2].transpose(1, 3)
+        turn_back_(g, None if y is None else y[:, :, :2].transpose(1, 3), table, rstd)
         return dqkv.to(dy.dtype), None, None
 
 
