@@ -31,17 +31,10 @@ from torch import nn
 
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_saved
 from gptcore.distributed import cut_like
-from gptcore.files import (
-    fingerprint,
-    read_json,
-    read_tensors,
-    sync_folder,
-    tensor_shapes,
-    write_tensors,
-    write_text,
-)
+from gptcore.files import fingerprint, read_json, sync_folder, write_text
 from gptcore.model import build_model
 from gptcore.optim import STATE_SLOTS
+from gptcore.tensors import read_tensors, tensor_shapes, write_tensors
 from gptcore.tokenizer import Tokenizer, from_state
 
 FORMAT = 2
@@ -76,7 +69,9 @@ class Progress:
                 )
         for name in ("elapsed_s", "best_val_loss"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or math.isnan(value):
+            if type(value) is int and abs(value) < 2**53:
+                continue
+            if type(value) is not float or math.isnan(value):
                 raise ConfigError(f"{name} must be a number; got {value!r}")
 
 

@@ -209,7 +209,7 @@ def read_toml(path: str) -> dict[str, Any]:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise ConfigError(f"--config {path} is not TOML: {error}") from error
     values = {key.replace("-", "_"): value for key, value in raw.items()}
     for key, value in values.items():

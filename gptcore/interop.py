@@ -17,20 +17,19 @@ the final LayerNorm where W, the head, has full row rank. `_express` does this.
 
 import dataclasses
 import json
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from gptcore.config import ConfigError, GPTConfig, TrainConfig, to_json
+from gptcore.files import read_json
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
+from gptcore.tensors import check_pickle, read_tensors
 from kernels import causal_attention
 
 # GPT-2's names for the parts of ours; each is one component of a parameter's name.
@@ -170,17 +169,12 @@ def load_transformers(folder, **overrides) -> GPT:
     Raises: ConfigError if it is no GPT-2, or one that a GPT cannot be.
     """
     folder = Path(folder)
-    try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {folder / 'config.json'}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    theirs = read_json(folder / "config.json")
     if not isinstance(theirs, dict) or theirs.get("model_type") != "gpt2":
         got = theirs.get("model_type") if isinstance(theirs, dict) else theirs
         raise ConfigError(f"{folder}: model_type must be gpt2; got {got!r}")
     activation = theirs.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ConfigError(
             f"{folder}: activation_function must be one of {', '.join(_ACTIVATIONS)}; "
             f"got {activation!r}"
@@ -189,6 +183,8 @@ def load_transformers(folder, **overrides) -> GPT:
         if theirs.get(name, ours) != ours:
             raise ConfigError(f"{folder}: {name} must be {ours}; got {theirs[name]!r}")
     C = theirs.get("n_embd", 768)
+    if type(C) is not int:
+        raise ConfigError(f"{folder}: n_embd must be a whole number; got {C!r}")
     if theirs.get("n_inner") not in (None, 4 * C):
         raise ConfigError(f"{folder}: n_inner must be 4 n_embd; got {theirs['n_inner']!r}")
     found = {
@@ -406,27 +402,20 @@ def _known(functions, format, verb):
 def _read_pickle(path):
     """What torch.save wrote, if it is tensors and plain values; tensors stay on the disk."""
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        check_pickle(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{path}: a pickled model, which could run code when loaded, or no PyTorch file; where "
-            "the model can be made, torch.save(model.state_dict(), 'weights.pt') and import that"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # on foreign bytes the restricted unpickler raises anything
         raise ConfigError(f"{path}: damaged, or no PyTorch file") from error
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder of transformers."""
     if (folder / "model.safetensors").is_file():
-        try:
-            return load_file(folder / "model.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{folder / 'model.safetensors'}: damaged: {error}") from error
+        return read_tensors(folder / "model.safetensors")
     if (folder / "pytorch_model.bin").is_file():
         path = folder / "pytorch_model.bin"
         return _tensors(path, _read_pickle(path))
@@ -457,9 +446,8 @@ def _matrix(where, found, name) -> tuple[int, int]:
 
 
 def _count(found, pattern) -> int:
-    """How many numbers, from 0 on, `pattern` finds in the names."""
-    numbers = {int(match[1]) for name in found if (match := re.match(pattern, name))}
-    return max(numbers, default=-1) + 1
+    """How many numbers `pattern` finds in the names."""
+    return len({match[1] for name in found if (match := re.match(pattern, name))})
 
 
 def _config(where, fields) -> GPTConfig:

@@ -221,9 +221,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+            if isinstance(record, dict) and type(record.get("step")) is int and "kind" in record:
                 records.append(record)
     return records
 

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptcore.config import ConfigError, RunError
+from gptcore.files import read_json
 from gptcore.flags import Parser
 from gptcore.tokenizer import CharacterSet, CharTokenizer, Tokenizer, compact_dtype, from_state
 
@@ -95,7 +96,7 @@ def open_prepared(folder: str | Path) -> Prepared:
     files = _read_manifest(folder)["files"]
     _check_file(folder / "tokenizer.json", files["tokenizer.json"])
     try:
-        tokenizer = from_state(json.loads((folder / "tokenizer.json").read_text("utf-8")))
+        tokenizer = from_state(read_json(folder / "tokenizer.json"))
     except ValueError as error:
         raise ConfigError(f"--data {folder}: tokenizer.json: {error}") from error
     names = [name for name in ("tokens.bin", "val.bin") if name in files]
@@ -113,7 +114,7 @@ def open_prepared(folder: str | Path) -> Prepared:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json, its form checked."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = read_json(folder / "manifest.json")
         files, version = manifest["files"], manifest["format"]
         for name in ("tokens.bin", "tokenizer.json"):
             files[name]
@@ -289,7 +290,7 @@ def _read_progress(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             "bytes": dict.fromkeys(names, 0),
         }
     try:
-        state = json.loads((folder / "progress.json").read_text("utf-8"))
+        state = read_json(folder / "progress.json")
         same = all(state.get(name) == value for name, value in job.items())
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import ConfigError, RunError
+from gptcore.files import read_json
 from gptcore.flags import FIELDS, Parser, Settings, add_training_flags, from_text, take_settings
 from gptcore.pool import Pool, terminate_as_interrupt
 
@@ -249,7 +250,7 @@ def _assignments(flag: str, texts: Sequence[str]):
 def _continued(folder: Path, plan: Plan) -> Plan:
     """The plan in `folder`, or `plan` if it extends that one."""
     try:
-        content = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "sweep.json")
         before = Plan.from_json(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {folder} is not a sweep's; give another --out_dir") from error
@@ -363,7 +364,7 @@ def _steps_done(run: Path) -> float:
 
 def _read_result(run: Path) -> dict[str, Any] | None:
     path = run / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 # ---- results ---------------------------------------------------------------------------------
