@@ -5,7 +5,8 @@
 SCENARIOS.json is a list of {"folder", "flags", "processes"}, perhaps with "damage", one of DAMAGES,
 and "goes_on_from", a run folder. With 0 processes there is one, without torchrun's environment.
 Rank r writes into the folder: r.out and r.err (what it printed), r.pt (what it saw: batches, masks,
-collectives, the step it left at). half is the run folder as it was at step 2, codes.json holds the exit codes.
+collectives, the step it left at). half is the run folder as it was at step 2; codes.json holds the
+exit codes.
 """
 
 import contextlib
