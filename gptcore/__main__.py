@@ -1,5 +1,6 @@
 """python -m gptcore: what to do with a trained run."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,6 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv) -> int:
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("python -m gptcore is one process; leave torchrun out")
     parser = Parser(prog="python -m gptcore", description="Use what train.py trained.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command, add_arguments in COMMANDS:

@@ -19,7 +19,9 @@ stop. A rank that dies takes the job with it: torchrun ends the others.
 
 import contextlib
 import datetime
+import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -231,6 +233,8 @@ def fully_shard(model: nn.Module, dtype: torch.dtype, world: World) -> nn.Module
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # It warns of writing into what a linear layer returns, which nothing here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     options = {
         "mesh": dist.init_device_mesh(world.device.type, (world.size,)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
@@ -252,8 +256,11 @@ def engine(module: nn.Module, world: World) -> nn.Module:
     """What runs the forward of a step: DDP around `module`; with FSDP, or alone, `module`."""
     if world.parallel != "ddp":
         return module
+    DDP = nn.parallel.DistributedDataParallel
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    known = inspect.signature(DDP).parameters  # torch 2.13 renamed one
+    buffers = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+    return DDP(module, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def synchronised(engine: nn.Module, world: World, last: bool):

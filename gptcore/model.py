@@ -92,6 +92,16 @@ class Angles(nn.Module):
         return self
 
 
+class ActivatedLinear(nn.Linear):
+    """A linear map and its activation in one op; a module, so that FSDP's hooks see the call."""
+
+    def forward(self, x, activation=None, backend="auto"):
+        """(..., in) -> (..., out); without an activation as nn.Linear."""
+        if activation is None:
+            return super().forward(x)
+        return linear_act(x, self.weight, self.bias, activation=activation, backend=backend)
+
+
 class Block(nn.Module):
     """The parameters of one pre-norm transformer block; `GPT` runs it."""
 
@@ -102,7 +112,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(C, 3 * width, bias=config.qkv_bias)  # rows ordered (3, H, D)
         self.proj = nn.Linear(width, C, bias=config.bias)
         self.ln_2 = nn.LayerNorm(C, bias=config.bias)
-        self.mlp_in = nn.Linear(C, 4 * C, bias=config.bias)
+        self.mlp_in = ActivatedLinear(C, 4 * C, bias=config.bias)
         self.mlp_out = nn.Linear(4 * C, C, bias=config.bias)
 
 
@@ -261,9 +271,7 @@ class GPT(nn.Module):
         config = self.config
         if config.activation == "gelu_erf":  # of imported checkpoints; no fused op computes erf
             return F.gelu(linear(y))
-        return linear_act(
-            y, linear.weight, linear.bias, activation=config.activation, backend=config.backend
-        )
+        return linear(y, config.activation, config.backend)
 
     def _residual(self, linear, h, x, ln, p, key, layer, place):
         """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""

@@ -224,15 +224,8 @@ def synchronised_always():
 @damaged
 def clipped_locally():
     """The norm of a shard is taken for that of the gradient."""
-
-    def clip(parameters, limit):
-        gradients = [p.grad.to_local() for p in parameters]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        for gradient in gradients:
-            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    torch.nn.utils.clip_grad_norm_ = clip
+    real = torch.nn.utils.get_total_norm
+    torch.nn.utils.get_total_norm = lambda gradients: real([g.to_local() for g in gradients])
 
 
 @damaged

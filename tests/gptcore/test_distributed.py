@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gptcore.__main__ import main
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, TrainConfig
 from gptcore.distributed import ALONE, Rounded, Vote, World
@@ -27,6 +28,7 @@ FLAGS = [
     *"--eval_iters=3 --sample_tokens=4 --device=cpu --dropout=0.2 --grad_clip=0.3".split(),
     *"--batch_size=4 --gradient_accumulation_steps=4".split(),
 ]
+ROTARY = ["--position=rotary", "--qk_norm", "--token_shift", "--tied_head"]
 SUM = ["--data=arithmetic", "--operations=+/", "--digits=1", "--block_size=12"]
 # AdamW divides a gradient by its size: what rounds differently moves a weight by a small part of
 # the learning rate, 5e-3. Each damage below moves one by a hundred times more.
@@ -44,11 +46,19 @@ RUNS = {
     "sums, alone": (0, "auto", SUM),
     "sums, ddp of 3": (3, "ddp", SUM),
     "sums, fsdp of 2": (2, "fsdp", SUM),
+    "naive, alone": (0, "auto", ["--model=naive"]),
+    "naive, fsdp of 2": (2, "fsdp", ["--model=naive"]),
+    "rotary, alone": (0, "auto", ROTARY),
+    "rotary, ddp of 2": (2, "ddp", ROTARY),
+    "rotary, fsdp of 2": (2, "fsdp", ROTARY),
     "bfloat16, alone": (0, "auto", ["--dtype=bfloat16"]),
     "bfloat16, ddp": (2, "ddp", ["--dtype=bfloat16"]),
     "bfloat16, fsdp": (2, "fsdp", ["--dtype=bfloat16"]),
 }
-SLOW = {"ddp of 1", "fsdp of 1", "fsdp of 3"}
+SLOW = {
+    *("ddp of 1", "fsdp of 1", "fsdp of 3", "naive, alone", "naive, fsdp of 2"),
+    *("rotary, alone", "rotary, ddp of 2", "rotary, fsdp of 2"),
+}
 # damage, of tests/gptcore/ranks.py: processes, engine, other flags, the run it is compared with
 DAMAGES = {
     "offset forgotten": (2, "ddp", [], "alone"),
@@ -168,20 +178,29 @@ def names(prefix="", without="alone"):
     ]
 
 
+def alone_of(name: str) -> str:
+    """The run of one process with the flags of run `name`."""
+    kind, comma, _ = name.rpartition(", ")
+    return f"{kind}{comma}alone"
+
+
+EXACT = ("ddp", "fsdp", "sums", "naive", "rotary")
+
+
 # ---- the same run ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*names("ddp"), *names("fsdp"), *names("sums")])
+@pytest.mark.parametrize("name", [name for kind in EXACT for name in names(kind)])
 def test_processes_compute_what_one_computes(folders, name):
     """The sums' rows have unequally many targets, and 3 ranks unequally many rows."""
-    assert_same_run(folders[name], folders["sums, alone" if "sums" in name else "alone"])
+    assert_same_run(folders[name], folders[alone_of(name)])
     assert f"shared by {RUNS[name][0]} processes" in said(folders[name], stream="out")
 
 
 @pytest.mark.parametrize("name", [*names("ddp"), *names("fsdp"), *names("sums")])
 def test_batches_and_masks_are_bit_equal(folders, name):
     """Each row of the global batch on one rank, and every mask as one process draws it."""
-    alone = folders["sums, alone" if "sums" in name else "alone"]
+    alone = folders[alone_of(name)]
     for what in ("batches", "masks"):
         assert union(folders[name], what) == union(alone, what)
     assert len(union(alone, "batches")) == 16 * STEPS and len(union(alone, "masks")) > 1000
@@ -402,12 +421,19 @@ def test_rounded_computes_what_the_half_copy_computes(prepared):
         assert a.grad.dtype == torch.float32 and torch.equal(a.grad, b.grad)
 
 
-def test_what_does_not_go_together(prepared, train_main, monkeypatch, capsys):
+def test_what_does_not_go_together(prepared):
     with pytest.raises(ConfigError, match="--parallel fsdp needs the processes of torchrun"):
         prepared("--parallel=fsdp")
     with pytest.raises(ConfigError, match="--compile does not go with --parallel fsdp"):
         World(0, 2, "fsdp").check(TrainConfig(compile=True))
     assert "--parallel ddp" in eager_reason(TrainConfig(), torch.device("cuda"), World(0, 2, "ddp"))
+
+
+def test_other_commands_are_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sample", "nowhere"]) == 2
+    assert "is one process; leave torchrun out" in capsys.readouterr().err
 
 
 def test_alone_nothing_is_waited_for(tiny_flags, tmp_path):
