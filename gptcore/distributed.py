@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.tensor
 from torch import nn
 
 from gptcore import machine
@@ -284,7 +283,7 @@ def whole(tensors: dict[str, torch.Tensor], world: World) -> dict[str, torch.Ten
 
 
 def _whole(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    if world.parallel != "fsdp" or not isinstance(tensor, dist.tensor.DTensor):
+    if world.parallel != "fsdp" or not hasattr(tensor, "full_tensor"):
         return tensor
     full = tensor.detach().full_tensor()
     return full.cpu() if world.rank == 0 else full.new_empty(0)
@@ -295,7 +294,9 @@ def cut_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
     Where `parameter` is not sharded, or the shapes differ (step counts), `tensor` itself.
     """
-    if not isinstance(parameter, dist.tensor.DTensor) or tensor.shape != parameter.shape:
+    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor  # a second that others need not wait
+
     where = parameter.device_mesh, parameter.placements
-    return dist.tensor.distribute_tensor(tensor, *where, src_data_rank=None)  # nothing is sent
+    return distribute_tensor(tensor, *where, src_data_rank=None)  # nothing is sent
