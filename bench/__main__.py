@@ -19,13 +19,15 @@ QUESTIONS = {  # name -> share of the time that all of them get
     "memory": 20,
     "scaling": 25,
     "time_to_loss": 60,
+    "ablation": 60,
 }
+BY_NAME_ONLY = {"ablation"}  # many whole trainings
 TASKS = {
     "report": "turn the JSON files of a folder into RESULTS.md with plots",
     "predict": "step time, tokens/s and memory of a model on a GPU, term by term",
     "selfcheck": "show on this machine that the harness reports what is so",
 }
-WHOLE_MODELS = {"step", "generate", "memory", "scaling", "time_to_loss"}
+WHOLE_MODELS = {"step", "generate", "memory", "scaling", "time_to_loss", "ablation"}
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SECONDS, QUICK_SECONDS = 300, 48  # beside which it starts, draws and writes
 
@@ -60,8 +62,8 @@ def _parser() -> Parser:
     add("--plot", metavar="DIR", help="write plots")
     add("--peers", nargs="+", metavar="P", help="all, none, or some; an unknown one lists them")
     add("--nanogpt", metavar="DIR", help="a checkout of nanoGPT, to compete with")
-    group = parser.add_argument_group("time_to_loss")
-    group.add_argument("--preset", metavar="P", help="recipe [speedrun on a GPU, cpu without]")
+    group = parser.add_argument_group("time_to_loss, ablation")
+    group.add_argument("--preset", metavar="P", help="recipe [speedrun; on a CPU speedrun-cpu]")
     group.add_argument("--target", type=float, metavar="L", help="exact validation loss to reach")
     group.add_argument("--seeds", type=int, metavar="N", help="runs [1]")
     group.add_argument("--data", metavar="TEXT", help="as train.py's [auto]")
@@ -122,7 +124,7 @@ def _main(argv: list[str]) -> int:
         )
     chosen = list(dict.fromkeys(names))
     if "all" in names:
-        left_out = WHOLE_MODELS if given.get("dtype") == "float16" else set()
+        left_out = BY_NAME_ONLY | (WHOLE_MODELS if given.get("dtype") == "float16" else set())
         if given.get("quick"):
             left_out = left_out | {"time_to_loss"}  # one run takes longer than all the rest
         chosen = [name for name in QUESTIONS if name not in left_out]

@@ -56,8 +56,7 @@ def preset_of(options: Options) -> str:
     """The recipe asked for, or the fastest one for this device."""
     if options.preset is not None:
         return options.preset
-    fastest = "speedrun" if "speedrun" in PRESETS else "notebook"
-    return "cpu" if options.device.type == "cpu" else fastest
+    return "speedrun-cpu" if options.device.type == "cpu" else "speedrun"
 
 
 def target_of(options: Options) -> float:
@@ -73,14 +72,16 @@ def check_preset(name: str | None) -> None:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
 
 
-def train_command(options: Options, seed: int, folder: Path) -> list[str]:
-    """The command of one run of gptcore."""
+def train_command(
+    options: Options, seed: int, folder: Path, flags: tuple[str, ...] = ()
+) -> list[str]:
+    """The command of one run of gptcore, `flags` last."""
     command = [sys.executable, str(ROOT / "train.py"), "--preset", preset_of(options)]
     command += ["--seed", str(seed), "--device", str(options.device), "--data", options.data]
     command += ["--out_dir", str(folder), "--sample_tokens", "0"]
     if options.dtype_given:
         command += ["--dtype", str(options.dtype).removeprefix("torch.")]
-    return command
+    return [*command, *flags]
 
 
 def follow(
@@ -100,14 +101,17 @@ def follow(
         time.sleep(pause)
 
 
-def gptcore_run(options: Options, seed: int) -> Run:
-    """One run to the target, or to its end, or to the time allowed."""
-    target, curve, begun = target_of(options), [], None
+def gptcore_run(
+    options: Options, seed: int, target: float | None = None, flags: tuple[str, ...] = ()
+) -> Run:
+    """One run to the target, by default the question's, or to its end, or to the time allowed."""
+    curve, begun = [], None
+    target = target_of(options) if target is None else target
     with tempfile.TemporaryDirectory(prefix="bench-run-") as folder:
         out_dir = Path(folder) / "run"
         with open(Path(folder) / "log", "w+") as log:
             process = subprocess.Popen(
-                train_command(options, seed, out_dir), stdout=log, stderr=subprocess.STDOUT
+                train_command(options, seed, out_dir, flags), stdout=log, stderr=subprocess.STDOUT
             )
             allowed = options.run_seconds or float("inf")
             try:

@@ -57,7 +57,8 @@ class GPTConfig:
     )
     qk_norm: bool = False  # with rotary: queries and keys of one length
     token_shift: bool = False  # each embedding plus a learnt share of the one before it
-    init: str = "notebook"  # N(0,1) embeddings, default Linear; "gpt2": N(0, 0.02), scaled residual
+    init: str = "notebook"  # N(0,1) embeddings, default Linear; "gpt2": N(0, init_std), see below
+    init_std: float = 0.02  # of "gpt2"; of projections onto the residual over sqrt(2 n_layer)
     backend: str = "auto"  # of the fused ops: "auto", "triton" or "eager"
 
     def __post_init__(self):
@@ -74,6 +75,8 @@ class GPTConfig:
             raise ConfigError(f"head_size must be at least 1; got {self.head_size!r}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout!r}")
+        if not 0 < self.init_std < math.inf:
+            raise ConfigError(f"init_std must be above 0 and finite; got {self.init_std!r}")
         choices = {
             "activation": ACTIVATIONS,
             "attention_scale": SCALE_RULES,
@@ -124,6 +127,7 @@ MODEL_HELP = {
     "qk_norm": "normalise queries and keys; needs position rotary",
     "token_shift": "add to each embedding a learnt share, by channel, of the one before it",
     "init": "notebook or gpt2",
+    "init_std": "standard deviation of init gpt2",
     "backend": "of the fused ops: auto, triton or eager",
 }
 

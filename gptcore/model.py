@@ -137,11 +137,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_gpt2(self):
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 residual = name.endswith(("proj.weight", "mlp_out.weight"))
-                parameter.normal_(0.0, residual_std if residual else 0.02)
+                parameter.normal_(0.0, residual_std if residual else std)
             elif name.endswith("bias"):
                 parameter.zero_()
 

@@ -115,6 +115,8 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     Raises: ConfigError on anything wrong with the settings, the data or the folder.
     """
     device = world.device or machine.pick_device(settings.given.get("device", "auto"))
+    if device.type == "cpu":
+        machine.keep_freed_memory()
     config, model_fields = settings.merged(device.type)
     preset = settings.resolved_preset(device.type)
     checkpoint = _checkpoint_to_resume(config, world)

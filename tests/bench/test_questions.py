@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 CEILINGS = {"copy_gbps": 10.0, "matmul_tflops": 0.1, "dispatch_us": 5.0}
 OPTIONS = Options(device=CPU, dtype=torch.float32, seconds=1.0, quick=True)
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, dropout=0.0)
-CASED = [name for name in QUESTIONS if name != "time_to_loss"]
+CASED = [name for name in QUESTIONS if name not in ("time_to_loss", "ablation")]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -209,3 +209,28 @@ def test_defaults_follow_the_device():
 
 def test_pytest_bench_asks_questions_that_exist():
     assert set(PYTEST_QUESTIONS) <= set(QUESTIONS)
+
+
+def test_the_ablation_pairs_runs_by_seed():
+    from bench.ablation import VARIANTS, WHOLE, table
+
+    def run(variant, seed, loss):
+        return {"variant": variant, "seed": seed, "val_loss": loss, "seconds": 2.0}
+
+    losses = {WHOLE: (1.5, 1.7)} | {name: (1.6, 1.9) for name in VARIANTS if name != WHOLE}
+    runs = [
+        run(name, seed, loss) for name, pair in losses.items() for seed, loss in enumerate(pair)
+    ]
+    rows = table(runs)
+    assert rows[1] == [WHOLE, "1.6000", "", "0.1414", "2.0"]
+    assert [row[2:4] for row in rows[2:]] == [["+0.1500", "0.0707"]] * (len(VARIANTS) - 1)
+
+
+def test_every_variant_of_the_ablation_is_a_setting_the_preset_has_not():
+    from bench.ablation import VARIANTS, WHOLE
+    from gptcore.flags import parse_settings
+
+    whole = parse_settings(["--preset=speedrun-cpu"]).merged()
+    for name, flags in VARIANTS.items():
+        changed = parse_settings(["--preset=speedrun-cpu", *flags]).merged()
+        assert (changed == whole) == (name == WHOLE), name

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from gptcore import step as step_module
-from gptcore.config import TrainConfig
+from gptcore.config import GPTConfig, TrainConfig
+from gptcore.flags import split_fields
+from gptcore.model import GPT
+from gptcore.naive import NaiveGPT
+from gptcore.optim import make_optimizer
+from gptcore.presets import PRESETS
 from gptcore.step import HalfCopy, Step, eager_reason, pick_dtype
 
 
@@ -137,3 +142,47 @@ def test_a_captured_update_equals_the_eager_one_bit_for_bit(prepared, flags, dty
     assert captured.update.graph is not None
     assert losses[0] == losses[1] and len(set(losses[0])) == 10
     assert all(map(torch.equal, state_of(captured), state_of(eager)))
+
+
+def curves(notebook, corpus, steps, backend="eager", damage=0):
+    """Losses of the naive model and of the fast step: one initialisation, batches and masks."""
+    train, shape = split_fields({**PRESETS["notebook"], **notebook})
+    torch.manual_seed(0)
+    naive = NaiveGPT(GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **shape))
+    fast = GPT.from_naive(naive)
+    fast.config = fast.config.replace(backend=backend)
+    losses = []
+    for name, model in (("naive", naive), ("gpt", fast)):
+        config = TrainConfig(**train, model=name, seed=1 + damage * (name == "gpt"))
+        update = Step(
+            model, make_optimizer(model, config), corpus, config, device=torch.device("cpu")
+        )
+        losses.append([update().item() for _ in range(steps)])
+    return losses
+
+
+SMALL = {"batch_size": 2, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 48}
+TINY = {"batch_size": 1, "block_size": 4, "n_layer": 1, "n_head": 1, "n_embd": 8}
+
+
+@pytest.mark.parametrize(
+    ("notebook", "backend"),
+    (
+        pytest.param(SMALL, "eager", id="small-eager"),
+        pytest.param(TINY, "triton", id="tiny-triton"),
+        pytest.param(
+            {"batch_size": 2, "block_size": 32}, "eager", id="whole-eager", marks=pytest.mark.slow
+        ),
+    ),
+)
+def test_the_curve_is_the_naive_models_for_50_steps(prepared, notebook, backend):
+    """The notebook's preset in float32, dropout on: 50 steps differ by rounding alone."""
+    naive, fast = curves(notebook, prepared().corpus, 50, backend)
+    assert fast == pytest.approx(naive, rel=1e-3)
+    assert fast[0] == pytest.approx(naive[0], rel=1e-6)
+    assert backend == "triton" or sum(fast[-5:]) < sum(fast[:5]) - 1
+
+
+def test_the_comparison_of_curves_sees_another_seed(prepared):
+    naive, fast = curves(SMALL, prepared().corpus, 10, damage=1)
+    assert fast != pytest.approx(naive, rel=1e-3)

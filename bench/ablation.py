@@ -1,0 +1,72 @@
+"""What does each change of a recipe give?
+
+Question
+    By how much does the loss at the end of a recipe change when one of its choices is taken back?
+Method
+    `python train.py --preset P` with one choice replaced, the same steps, the same seeds; a run of
+    the whole recipe and one of each variant in turns, seed after seed. It is asked by name only:
+    variants times seeds whole trainings.
+Formula
+    difference: mean over seeds of (exact validation loss of the variant - that of the recipe with
+    the same seed); spread: standard deviation of these differences.
+"""
+
+import statistics
+from typing import Any
+
+from bench import render
+from bench.harness import Options
+from bench.time_to_loss import Run, gptcore_run, preset_of
+
+WHOLE = "whole recipe"
+VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
+    WHOLE: (),
+    "learned positions, no query-key norm": ("--position=learned", "--qk_norm=false"),
+    "no query-key norm": ("--qk_norm=false",),
+    "no token shift": ("--token_shift=false",),
+    "GELU": ("--activation=gelu",),
+    "initial weights of 0.02": ("--init_std=0.02",),
+    "untied head": ("--tied_head=false",),
+    "nanoGPT's learning rates": ("--learning_rate=1e-3", "--min_lr=1e-4", "--schedule=cosine"),
+    "dropout 0.1": ("--dropout=0.1",),
+    "beta2 0.95": ("--beta2=0.95",),
+    "no weight decay": ("--weight_decay=0",),
+}
+
+
+def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
+    """Every variant with every seed, and their table."""
+    runs: list[Run] = []
+    for seed in range(options.seeds):
+        for variant, flags in VARIANTS.items():
+            run = gptcore_run(options, seed, target=0.0, flags=flags)
+            runs.append({**run, "variant": variant})
+            print(f"{variant}, seed {seed}: {run['val_loss']:.4f}, {run['seconds']:.1f} s")
+    title = f"preset {preset_of(options)} and one choice replaced, {options.seeds} seeds"
+    rows = table(runs)
+    print(f"\n{title}\n{render.align(rows)}")
+    return {
+        "cases": [],
+        "preset": preset_of(options),
+        "variants": runs,
+        "tables": [{"title": title, "rows": rows}],
+    }
+
+
+def table(runs: list[Run]) -> list[list[str]]:
+    """One row a variant: its loss, and what taking the choice back costs."""
+    whole = {run["seed"]: run["val_loss"] for run in runs if run["variant"] == WHOLE}
+    rows = [["", "val loss", "difference", "spread", "seconds"]]
+    for variant in VARIANTS:
+        group = [run for run in runs if run["variant"] == variant]
+        differences = [run["val_loss"] - whole[run["seed"]] for run in group]
+        spread = f"{statistics.stdev(differences):.4f}" if len(group) > 1 else "-"
+        mean = statistics.mean(run["val_loss"] for run in group)
+        seconds = statistics.mean(run["seconds"] for run in group)
+        first = variant == WHOLE
+        if first:
+            losses = [run["val_loss"] for run in group]
+            spread = f"{statistics.stdev(losses):.4f}" if len(group) > 1 else "-"
+        difference = "" if first else f"{statistics.mean(differences):+.4f}"
+        rows.append([variant, f"{mean:.4f}", difference, spread, f"{seconds:.1f}"])
+    return rows
