@@ -32,6 +32,9 @@ KERNEL_EFFICIENCY = 0.7  # a kernel's static bound over its time; none measured 
 GRAPH_GAP_S = 1.0e-6  # between kernels of a CUDA graph
 KERNELS = (20, 12)  # of one layer and of the rest, forward, backward and optimizer
 CPU_CALLS = (70, 90)  # dispatched operations of one layer and of the rest, autograd included
+# What one of them costs with Python and autograd around it, in bare calls: between 4 and 9 in the
+# steps of 64 to 256 channels on two AVX2 cores (bench/results/cpu.json).
+CPU_CALL_COST = 6
 PHILOX_S = 4.4e-9  # a mask element on two CPU cores (110 ms for 25M)
 HOP_S = 5e-6  # latency of one hop of the ring
 BACKWARD_SHARE = 2 / 3  # of the step without its optimizer
@@ -70,9 +73,9 @@ def measured_machine(record, question: str, dtype: str) -> Machine:
     cpu = record["environment"]["device_type"] == "cpu"
     return Machine(
         name=record["environment"]["device"],
-        matmul=ceilings["matmul_tflops"] * 1e12 * (1 if cpu else PRODUCT_EFFICIENCY),
+        matmul=ceilings["matmul_tflops"] * 1e12 * PRODUCT_EFFICIENCY,
         bandwidth=ceilings["copy_gbps"] * 1e9,
-        call_s=ceilings["dispatch_us"] * 1e-6 if cpu else GRAPH_GAP_S,
+        call_s=ceilings["dispatch_us"] * 1e-6 * CPU_CALL_COST if cpu else GRAPH_GAP_S,
         calls=CPU_CALLS if cpu else KERNELS,
         itemsize=4 if dtype == "float32" else 2,
         philox_s=PHILOX_S if cpu else 0.0,
