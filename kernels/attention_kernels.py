@@ -20,7 +20,7 @@ import torch
 
 from kernels import backend
 from kernels.backend import jit, tl
-from kernels.rng import dropout_scale, dropout_threshold, keep_tile, load_key
+from kernels.rng import dropout_scale, dropout_threshold, keep_tile, lane_order, load_key
 
 LOG2E = math.log2(math.e)
 
@@ -51,11 +51,10 @@ def _probabilities(s, visible, qk_scale, lse, rest, MASKED: tl.constexpr, EXACT:
 
 
 @jit
-def _tile(ptr, offset, stride_t, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers (BLOCK, BLOCK_D) to the rows from `offset` on."""
-    offs_t = offset.to(tl.int64) + tl.arange(0, BLOCK)
+def _tile(ptr, offs_t, stride_t, stride_d, BLOCK_D: tl.constexpr):
+    """Pointers (BLOCK, BLOCK_D) to the rows offs_t (BLOCK,)."""
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    return ptr + offs_t[:, None] * stride_t + offs_d[None, :] * stride_d
+    return ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :] * stride_d
 
 
 @jit
@@ -63,13 +62,14 @@ def _forward_tiles(
     acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk, qk_scale,
     seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys low ... high into the running softmax of one query tile.
 
     offs_m (BLOCK_M,) are positions; MASKED tiles touch the diagonal or the end of the keys.
     """
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = lane_order(BLOCK_N, QUADS)
     mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_n in range(low, high, BLOCK_N):
         step_n = tl.cast(start_n, tl.int64)
@@ -84,7 +84,7 @@ def _forward_tiles(
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if DROPOUT:
-            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
+            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
             p = tl.where(keep, p, qk_scale * 0.0)
         v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
         acc = _dot(p.to(v.dtype), v, acc, PRECISION, WIDEN)
@@ -107,8 +107,8 @@ def _attention_forward_kernel(
     stride_ob, stride_oh, stride_ot, stride_od,
     H, Tq, Tk, qk_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    EXACT: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i, the longest first."""
     tiles = tl.cdiv(Tq, BLOCK_M)
@@ -122,9 +122,10 @@ def _attention_forward_kernel(
 
     q_base, o_base = q_ptr + b * stride_qb + h * stride_qh, o_ptr + b * stride_ob + h * stride_oh
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
-    q = tl.load(_tile(q_base, start_m, stride_qt, stride_qd, BLOCK_M, BLOCK_D), mask, other=0.0)
-    k_ptrs = _tile(k_base, start_m * 0, stride_kt, stride_kd, BLOCK_N, BLOCK_D)
-    v_ptrs = _tile(v_base, start_m * 0, stride_vt, stride_vd, BLOCK_N, BLOCK_D)
+    q = tl.load(_tile(q_base, rows, stride_qt, stride_qd, BLOCK_D), mask, other=0.0)
+    offs_n = lane_order(BLOCK_N, QUADS)
+    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, BLOCK_D)
+    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, BLOCK_D)
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
         plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
@@ -140,16 +141,16 @@ def _attention_forward_kernel(
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk, qk_scale,
         seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=False,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
     )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk, qk_scale,
         seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=True,
+        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True,
     )  # fmt: skip
 
     o = acc * (keep_scale / l_i)[:, None]
-    o_ptrs = _tile(o_base, start_m, stride_ot, stride_od, BLOCK_M, BLOCK_D)
+    o_ptrs = _tile(o_base, rows, stride_ot, stride_od, BLOCK_D)
     tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask)
     log_l = tl.log(l_i) if EXACT else tl.log2(l_i)
     lse = m_i + log_l
@@ -165,11 +166,11 @@ def _dq_tiles(
     acc, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk,
     qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
     MASKED: tl.constexpr, ONLY_DELTA: tl.constexpr,
 ):  # fmt: skip
     """Add to acc, dq (BLOCK_M, BLOCK_D) or delta (BLOCK_M,), what keys low ... high contribute."""
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = lane_order(BLOCK_N, QUADS)
     mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_n in range(low, high, BLOCK_N):
         step_n = tl.cast(start_n, tl.int64)
@@ -181,7 +182,7 @@ def _dq_tiles(
         p = _probabilities(s, visible, qk_scale, lse[:, None], rest[:, None], MASKED, EXACT)
         dp = _dot(do, v.T, None, PRECISION, WIDEN)
         if DROPOUT:
-            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
+            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
             dp = tl.where(keep, dp, 0.0)
         if ONLY_DELTA:
             acc += tl.sum(p * dp, 1)
@@ -205,8 +206,8 @@ def _attention_dq_kernel(
     stride_dqb, stride_dqh, stride_dqt, stride_dqd,
     H, Tq, Tk, qk_scale, dq_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    EXACT: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i: its delta and dq."""
     tiles = tl.cdiv(Tq, BLOCK_M)
@@ -222,17 +223,18 @@ def _attention_dq_kernel(
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     do_base, dq_base = do_ptr + b * stride_dob + h * stride_doh, dq_ptr + b * stride_dqb
     dq_base += h * stride_dqh
-    q = tl.load(_tile(q_base, start_m, stride_qt, stride_qd, BLOCK_M, BLOCK_D), mask, other=0.0)
-    o = tl.load(_tile(o_base, start_m, stride_ot, stride_od, BLOCK_M, BLOCK_D), mask, other=0.0)
-    do = tl.load(_tile(do_base, start_m, stride_dot, stride_dod, BLOCK_M, BLOCK_D), mask, other=0.0)
+    q = tl.load(_tile(q_base, rows, stride_qt, stride_qd, BLOCK_D), mask, other=0.0)
+    o = tl.load(_tile(o_base, rows, stride_ot, stride_od, BLOCK_D), mask, other=0.0)
+    do = tl.load(_tile(do_base, rows, stride_dot, stride_dod, BLOCK_D), mask, other=0.0)
     lse_ptr += bh.to(tl.int64) * Tq
     lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
     rest = lse
     if EXACT:
         planes = tl.num_programs(0) // tiles
         rest = tl.load(lse_ptr + planes.to(tl.int64) * Tq + rows, rows < Tq, other=0.0)
-    k_ptrs = _tile(k_base, start_m * 0, stride_kt, stride_kd, BLOCK_N, BLOCK_D)
-    v_ptrs = _tile(v_base, start_m * 0, stride_vt, stride_vd, BLOCK_N, BLOCK_D)
+    offs_n = lane_order(BLOCK_N, QUADS)
+    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, BLOCK_D)
+    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, BLOCK_D)
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
         plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
@@ -247,12 +249,12 @@ def _attention_dq_kernel(
         delta = _dq_tiles(
             delta, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m,
             Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
-            PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=True,
+            QUADS, PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=True,
         )  # fmt: skip
         delta = _dq_tiles(
             delta, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high,
             offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N,
-            DROPOUT, PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=True,
+            DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=True,
         )  # fmt: skip
     else:
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
@@ -260,15 +262,15 @@ def _attention_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _dq_tiles(
         dq, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk,
-        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
+        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS,
         PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=False,
     )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk,
-        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
+        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS,
         PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=False,
     )  # fmt: skip
-    dq_ptrs = _tile(dq_base, start_m, stride_dqt, stride_dqd, BLOCK_M, BLOCK_D)
+    dq_ptrs = _tile(dq_base, rows, stride_dqt, stride_dqd, BLOCK_D)
     tl.store(dq_ptrs, (dq * dq_scale).to(dq_ptr.dtype.element_ty), mask)
 
 
@@ -277,11 +279,11 @@ def _dkdv_tiles(
     dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
     low, high, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add to dk, dv (BLOCK_N, BLOCK_D) what the queries low ... high contribute."""
-    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_n = start_n + lane_order(BLOCK_N, QUADS)
     mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_m in range(low, high, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
@@ -297,12 +299,13 @@ def _dkdv_tiles(
         visible = offs_n[None, :] <= offs_m[:, None]
         p = _probabilities(s, visible, qk_scale, lse[:, None], rest[:, None], MASKED, EXACT)
         dp = _dot(do, v.T, None, PRECISION, WIDEN)
-        ds = p
         if DROPOUT:
-            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N)
-            dp = tl.where(keep, dp, 0.0)
+            keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
+            p_delta = p * delta[:, None]
             p = tl.where(keep, p, qk_scale * 0.0)
-        ds *= dp - delta[:, None]
+            ds = p * dp - p_delta
+        else:
+            ds = p * (dp - delta[:, None])
         dv = _dot(p.to(do.dtype).T, do, dv, PRECISION, WIDEN)
         dk = _dot(ds.to(q.dtype).T, q, dk, PRECISION, WIDEN)
     return dk, dv
@@ -322,25 +325,25 @@ def _attention_dkdv_kernel(
     stride_dvb, stride_dvh, stride_dvt, stride_dvd,
     H, Tq, Tk, qk_scale, dk_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    EXACT: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns key tile i, the longest first: its dk and dv."""
     tiles = tl.cdiv(Tk, BLOCK_N)
     bh = tl.program_id(0) // tiles
     start_n = tl.program_id(0) % tiles * BLOCK_N
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    mask = (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM) & (
-        (start_n + tl.arange(0, BLOCK_N))[:, None] < Tk
-    )
+    cols = start_n + lane_order(BLOCK_N, QUADS)
+    mask = (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM) & (cols[:, None] < Tk)
 
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     q_base, do_base = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob
     do_base += h * stride_doh
-    k = tl.load(_tile(k_base, start_n, stride_kt, stride_kd, BLOCK_N, BLOCK_D), mask, other=0.0)
-    v = tl.load(_tile(v_base, start_n, stride_vt, stride_vd, BLOCK_N, BLOCK_D), mask, other=0.0)
-    q_ptrs = _tile(q_base, start_n * 0, stride_qt, stride_qd, BLOCK_M, BLOCK_D)
-    do_ptrs = _tile(do_base, start_n * 0, stride_dot, stride_dod, BLOCK_M, BLOCK_D)
+    k = tl.load(_tile(k_base, cols, stride_kt, stride_kd, BLOCK_D), mask, other=0.0)
+    v = tl.load(_tile(v_base, cols, stride_vt, stride_vd, BLOCK_D), mask, other=0.0)
+    offs_m = tl.arange(0, BLOCK_M)
+    q_ptrs = _tile(q_base, offs_m, stride_qt, stride_qd, BLOCK_D)
+    do_ptrs = _tile(do_base, offs_m, stride_dot, stride_dod, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
     rest_ptr = lse_ptr + (tl.num_programs(0) // tiles).to(tl.int64) * Tq
     delta_ptr += bh.to(tl.int64) * Tq
@@ -359,17 +362,17 @@ def _attention_dkdv_kernel(
     dk, dv = _dkdv_tiles(
         dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
         low, full, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=True,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True,
     )  # fmt: skip
     dk, dv = _dkdv_tiles(
         dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
         full, Tq, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, WIDEN, EXACT, MASKED=False,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
     )  # fmt: skip
     dk_base, dv_base = dk_ptr + b * stride_dkb, dv_ptr + b * stride_dvb
     dk_base, dv_base = dk_base + h * stride_dkh, dv_base + h * stride_dvh
-    dk_ptrs = _tile(dk_base, start_n, stride_dkt, stride_dkd, BLOCK_N, BLOCK_D)
-    dv_ptrs = _tile(dv_base, start_n, stride_dvt, stride_dvd, BLOCK_N, BLOCK_D)
+    dk_ptrs = _tile(dk_base, cols, stride_dkt, stride_dkd, BLOCK_D)
+    dv_ptrs = _tile(dv_base, cols, stride_dvt, stride_dvd, BLOCK_D)
     tl.store(dk_ptrs, (dk * dk_scale).to(dk_ptr.dtype.element_ty), mask)
     tl.store(dv_ptrs, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask)
 
@@ -413,6 +416,14 @@ def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bo
     return _PLANS.get(architecture, _PLANS["sm_80"])[D > 64][kernel]
 
 
+def _quads(architecture: str, block_n: int) -> bool:
+    """Whether keys are dealt out in `lane_order`: where mma.sync or wgmma spreads columns in pairs.
+
+    Tensor memory and AMD's matrix cores give a thread more columns in a row.
+    """
+    return block_n >= 32 and not architecture.startswith(("sm_10", "gfx"))
+
+
 def _precision(dtype: torch.dtype) -> str:
     """How float32 products are taken: PyTorch's own setting decides."""
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
@@ -435,6 +446,7 @@ def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tupl
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
         "DROPOUT": dropout_threshold(dropout_p) > 0,
+        "QUADS": dropout_threshold(dropout_p) > 0 and _quads(architecture, blocks.block_n),
         "HAS_FIRST": key is not None and key.numel() == 3,
         "PRECISION": _precision(q.dtype),
         "EXACT": q.dtype == torch.float32,

@@ -58,6 +58,7 @@ DAMAGES = (
         "delta forgotten in dq",
         "ds = p * (dp - delta[:, None])",
         "ds = p * dp",
+        count=2,
     ),
     Damage(
         "causal_attention",
@@ -70,8 +71,15 @@ DAMAGES = (
         "causal_attention_qkv",
         "triton",
         "two lanes of the dropout mask swapped",
-        "            k1 += _W1\n        return c0, c1, c2, c3",
-        "            k1 += _W1\n        return c0 << 16 | c0 >> 16, c1, c2, c3",
+        "shifts = (16 - 16 * tl.arange(0, 2))",
+        "shifts = (16 * tl.arange(0, 2))",
+    ),
+    Damage(
+        "causal_attention_qkv",
+        "triton",
+        "the mask in another order of the keys than the scores",
+        "keep = keep.reshape(rows.shape[0], COLS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)",
+        "keep = keep.reshape(rows.shape[0], COLS // 32, 4, 4, 2)",
     ),
     Damage(
         "causal_attention_qkv",
@@ -201,8 +209,8 @@ DAMAGES = (
         "embed",
         "triton",
         "two words of the dropout mask swapped",
-        "            k1 += _W1\n        return c0, c1, c2, c3",
-        "            k1 += _W1\n        return c1, c0, c2, c3",
+        "return pair0, pair1",
+        "return pair1, pair0",
     ),
     Damage(
         "embed",

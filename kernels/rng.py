@@ -269,44 +269,62 @@ if HAS_TRITON:
         return seed, step, first
 
     @triton.jit
-    def philox(c0, c1, c2, c3, k0, k1):
-        """The four uint32 output words of `philox4x32`; all arguments uint32.
+    def philox_pairs(c0, c1, c2, c3, k0, k1):
+        """The output words of `philox4x32` in pairs, w0 << 32 | w1 and w2 << 32 | w3.
 
-        Counters keep their own broadcastable shapes, e.g. c0 (1, G), c1 (M, 1), scalar c2 and c3:
-        the first two rounds and half of the third then cost one axis each, not the tile.
+        All arguments are uint32. Counters keep their own broadcastable shapes, e.g. c0 (1, G), c1
+        (M, 1), scalar c2 and c3: the first two rounds and half of the third then cost one axis
+        each, not the tile.
         """
-        for _ in tl.static_range(_ROUNDS):
+        for _ in tl.static_range(_ROUNDS - 1):
             # One wide product gives both words; umulhi and * would be two instructions.
             product0, product1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
             c0, c1 = (product1 >> 32).to(tl.uint32) ^ (c1 ^ k0), product1.to(tl.uint32)
             c2, c3 = (product0 >> 32).to(tl.uint32) ^ (c3 ^ k1), product0.to(tl.uint32)
             k0 += _W0
             k1 += _W1
-        return c0, c1, c2, c3
+        # The last products stay whole: they are two words each, only the upper to be mixed.
+        pair0 = c2.to(tl.uint64) * _M1 ^ (c1 ^ k0).to(tl.uint64) << 32
+        pair1 = c0.to(tl.uint64) * _M0 ^ (c3 ^ k1).to(tl.uint64) << 32
+        return pair0, pair1
 
     @triton.jit
-    def _pair(low, high):
-        """low + 2**32 * high, two registers."""
-        return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+    def lane_order(COLS: tl.constexpr, QUADS: tl.constexpr):
+        """(COLS,) int32, the column that each place of `keep_tile` holds, counted from the first.
+
+        Natural order, or with QUADS that for tensor cores: of every 8 columns of their products
+        each of 4 neighbouring threads holds two, so 4 x 8 columns are dealt out such that those 8
+        which a thread holds are the lanes of one Philox call.
+        """
+        n = tl.arange(0, COLS)
+        if QUADS:
+            n = n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
+        return n
 
     @triton.jit
-    def keep_tile(seed, step, plane, site, rows, col, threshold, COLS: tl.constexpr):
+    def keep_tile(
+        seed, step, plane, site, rows, col, threshold, COLS: tl.constexpr,
+        QUADS: tl.constexpr = False,
+    ):  # fmt: skip
         """(M, COLS) int1, what survives dropout in rows (M,) and columns col ... col + COLS - 1.
 
-        col and COLS are multiples of 8 and COLS is a power of two; seed, step, plane, site and
-        threshold, `dropout_threshold(p)`, are scalars.
+        col and COLS are multiples of 8, or 32 with QUADS, and COLS is a power of two; seed, step,
+        plane, site and threshold, `dropout_threshold(p)`, are scalars. Columns stand in
+        `lane_order`.
         """
         groups = (col // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)[None, :]
         rows32 = rows.to(tl.uint32)[:, None]
         plane, site = tl.full((), plane, tl.uint32), tl.full((), site, tl.uint32)
-        w0, w1, w2, w3 = philox(groups, rows32, plane, site, seed, step)
-        # On its way to a matrix product the mask changes layout. As pairs of words, joined once
-        # and broadcast, it does so once, and as 8 bytes for 4 lanes rather than lane by lane.
-        pairs = tl.join(_pair(w0, w1), _pair(w2, w3))  # (M, COLS // 8, 2)
-        halves = (32 * tl.arange(0, 2)).to(tl.uint64)
+        # Joined only once, the mask has one chain of ops behind it, which the compiler computes in
+        # the layout that its user wants; a second join would be converted through shared memory.
+        pairs = tl.join(*philox_pairs(groups, rows32, plane, site, seed, step))  # (M, G, 2)
+        halves = (32 - 32 * tl.arange(0, 2)).to(tl.uint64)
         words = (pairs[:, :, :, None] >> halves[None, None, None, :]).to(tl.uint32)
         # Shifted left by 16 or 0, a half word decides an unsigned comparison of the whole word.
         shifts = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)
         lanes = words[:, :, :, :, None] << shifts[None, None, None, None, :]
         bound = tl.full((), threshold, tl.uint32) << 16
-        return (lanes >= bound).reshape(rows.shape[0], COLS)
+        keep = lanes >= bound
+        if QUADS:  # (M, COLS // 32, thread, word, half) -> (M, COLS // 32, word, thread, half)
+            keep = keep.reshape(rows.shape[0], COLS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
+        return keep.reshape(rows.shape[0], COLS)

@@ -73,23 +73,28 @@ def test_numpy_and_torch_agree(chunk, monkeypatch):
     assert torch.equal(dropout_keep_mask(key, 3, planes, rows, 29, 0.3), by_torch[..., :29])
 
 
-def test_kernel_draws_the_same_mask(device):
+@pytest.mark.parametrize("quads", [False, True], ids=["natural", "quads"])
+def test_kernel_draws_the_same_mask(quads, device):
     pytest.importorskip("triton", reason="needs triton")
 
     @triton.jit
-    def kernel(key_ptr, keep_ptr, plane, site, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    def kernel(
+        key_ptr, keep_ptr, plane, site, threshold,
+        ROWS: tl.constexpr, COLS: tl.constexpr, QUADS: tl.constexpr,
+    ):  # fmt: skip
         seed, step, first = rng.load_key(key_ptr, True)
         rows = 100 + tl.arange(0, ROWS)
         plane32 = first * 3 + plane.to(tl.uint32)
-        keep = rng.keep_tile(seed, step, plane32, site, rows, 64, threshold, COLS)
-        offsets = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        keep = rng.keep_tile(seed, step, plane32, site, rows, 64, threshold, COLS, QUADS)
+        offsets = tl.arange(0, ROWS)[:, None] * COLS + rng.lane_order(COLS, QUADS)[None, :]
         tl.store(keep_ptr + offsets, keep.to(tl.int8))
 
     key = make_key(2**32 - 5, 77, 2, device=device)
     for p in (0.3, 0.8):
-        keep = torch.empty(16, 32, dtype=torch.int8, device=device)
-        kernel[(1,)](key, keep, 5, 21, dropout_threshold(p), 16, 32)
-        expected = dropout_keep_mask(key, 21, range(11, 12), range(100, 116), 96, p)
+        keep = torch.full((16, 64), -1, dtype=torch.int8, device=device)
+        kernel[(1,)](key, keep, 5, 21, dropout_threshold(p), 16, 64, quads)
+        assert keep.min() == 0  # every place is written: the order is a permutation
+        expected = dropout_keep_mask(key, 21, range(11, 12), range(100, 116), 128, p)
         assert torch.equal(keep.bool(), expected[0, :, 64:])
 
 
