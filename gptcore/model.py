@@ -26,6 +26,7 @@ from kernels import (
     rotary_qkv,
     rotary_table,
 )
+from kernels.backend import resolve
 from kernels.rng import SITE_EMBEDDING, draw_key, layer_site
 
 
@@ -276,11 +277,14 @@ class GPT(nn.Module):
 
     def _residual(self, linear, h, x, ln, p, key, layer, place):
         """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""
+        # Kernels return the gradient of a bias that they add themselves: one kernel less a GEMM.
+        fused = resolve("GPT", self.config.backend, h) == "triton"
         return dropout_add_layer_norm(
-            linear(h),
+            F.linear(h, linear.weight, None if fused else linear.bias),
             x,
             ln.weight,
             ln.bias,
+            x_bias=linear.bias if fused else None,
             eps=ln.eps,
             dropout_p=p,
             key=key,

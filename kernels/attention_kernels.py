@@ -398,6 +398,10 @@ _PLANS = {
         {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
         {"forward": Plan(64, 64, 4, 2), "dq": Plan(128, 64, 8, 2), "dkdv": Plan(32, 64, 4, 1)},
     ),
+    "gfx942": (
+        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 1), "dkdv": Plan(64, 32, 4, 2)},
+        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 8, 2), "dkdv": Plan(32, 32, 8, 2)},
+    ),
     "sm_100": (
         {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
         {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 8, 2), "dkdv": Plan(64, 64, 8, 1)},
@@ -410,9 +414,11 @@ def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bo
     if architecture == "interpreter":
         # Small and not square, so that small tests cross every kind of block edge; the same for
         # all kernels, because numpy's products round differently in each shape.
-        return Plan(32, 16, 4, 1) if D <= 32 else Plan(16, 32, 4, 1)
+        return Plan(16, 32, 4, 1) if D <= 32 else Plan(32, 16, 4, 1)
     if dtype == torch.float32:
-        return Plan(32, 32, 4, 1)
+        return Plan(32, 16 if kernel == "dq" else 32, 4, 1)
+    if D > 64 and D % 8 and kernel == "forward":
+        return Plan(64, 16, 4, 1)  # of odd rows each element has a pointer: 32 keys spill
     return _PLANS.get(architecture, _PLANS["sm_80"])[D > 64][kernel]
 
 

@@ -70,9 +70,10 @@ def _layer_norm(case: Case) -> None:
 def _dropout_add_layer_norm(case: Case) -> None:
     M, C = case.sizes["M"], case.sizes["C"]
     x, residual = case.tensor(64, M // 64, C), case.tensor(64, M // 64, C)
-    weight, bias = case.tensor(C), case.tensor(C)
-    outputs = kernels.dropout_add_layer_norm(x, residual, weight, bias, **case.dropout)
-    _backward(outputs, x, residual, weight, bias)
+    weight, bias, x_bias = case.tensor(C), case.tensor(C), case.tensor(C)
+    options = {"x_bias": x_bias, **case.dropout}
+    outputs = kernels.dropout_add_layer_norm(x, residual, weight, bias, **options)
+    _backward(outputs, x, residual, weight, bias, x_bias)
 
 
 def _linear_act(case: Case) -> None:

@@ -128,6 +128,13 @@ DAMAGES = (
     Damage(
         "dropout_add_layer_norm",
         "triton",
+        "the gradient of x's bias before the mask",
+        "dx_bias += tl.where(mask, dr, 0.0)",
+        "dx_bias += tl.where(mask, (g - mean_g - xhat * mean_gx) * rstd, 0.0)",
+    ),
+    Damage(
+        "dropout_add_layer_norm",
+        "triton",
         "gradient of the new residual forgotten",
         "dr += dnew.to(tl.float32)",
         "dr += 0.0 * dnew.to(tl.float32)",

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import rng
 from kernels.backend import architecture, jit, launch, resolve, tl
-from kernels.layer_norm import _keep_rows
+from kernels.layer_norm import keep_rows
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_ONE_HOT = 256  # tokens; characters and bytes
@@ -519,7 +519,7 @@ def embed(
     keep = None
     if dropout_p:
         shape = torch.Size((*idx.shape, token_weight.shape[1]))
-        keep = _keep_rows(key, site, shape, dropout_p)
+        keep = keep_rows(key, site, shape, dropout_p)
     scale = rng.dropout_scale(dropout_p)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form
         x = F.embedding(idx, token_weight)

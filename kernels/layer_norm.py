@@ -1,10 +1,10 @@
 """LayerNorm, alone and after dropout and the residual add.
 
-    r = residual + dropout(x)                   (r = x for layer_norm)
+    r = residual + dropout(x + x_bias)          (r = x for layer_norm)
     y = (r - mean) * rstd * weight + bias       mean, rstd = (var + eps)**-0.5 over the channels
 
     dr = rstd * (g - mean_C(g) - xhat * mean_C(g * xhat)) + d(new residual)
-    dx = dropout'(dr), dweight = sum_M dy * xhat, dbias = sum_M dy
+    dx = dropout'(dr), dweight = sum_M dy * xhat, dbias = sum_M dy, dx_bias = sum_M dx
     with xhat = (r - mean) * rstd, g = dy * weight
 
 M rows, C channels. Statistics and sums are float32 whatever the tensors are. The backward draws
@@ -26,11 +26,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def dropout_rows(x, dropout_p, key, site):
     """x (..., C) with the mask of DESIGN: plane 0, row = flattened leading index, col = channel."""
-    keep = _keep_rows(key, site, x.shape, dropout_p)
+    keep = keep_rows(key, site, x.shape, dropout_p)
     return torch.where(keep, x, 0.0) * dropout_scale(dropout_p)
 
 
-def _keep_rows(key, site: int, shape, dropout_p: float) -> torch.Tensor:
+def keep_rows(key, site: int, shape, dropout_p: float) -> torch.Tensor:
     """The mask, bool of `shape` (..., C), of activations that start at sequence key[2]."""
     if torch.compiler.is_compiling():
         return _keep_rows_op(key, site, shape, dropout_p)
@@ -42,7 +42,7 @@ def _keep_rows(key, site: int, shape, dropout_p: float) -> torch.Tensor:
 
 @torch.library.custom_op("kernels::keep_rows", mutates_args=())
 def _keep_rows_op(key: torch.Tensor, site: int, shape: list[int], dropout_p: float) -> torch.Tensor:
-    return _keep_rows(key, site, torch.Size(shape), dropout_p).contiguous()
+    return keep_rows(key, site, torch.Size(shape), dropout_p).contiguous()
 
 
 @_keep_rows_op.register_fake
@@ -97,7 +97,7 @@ def _eager_layer_norm(x, weight, bias, eps, y_dtype):
 def _eager_dropout_add(x, residual, dropout_p, key, site):
     if not dropout_p:
         return residual + x
-    keep, scale = _keep_rows(key, site, x.shape, dropout_p), dropout_scale(dropout_p)
+    keep, scale = keep_rows(key, site, x.shape, dropout_p), dropout_scale(dropout_p)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form
         return torch.add(residual, torch.where(keep, x, 0.0), alpha=scale)
     return _DropoutAdd.apply(x, residual, keep, scale)
@@ -116,10 +116,11 @@ _backward_op.register_fake(layer_norm_kernels.backward)
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, key, _, ctx.dropout_p, ctx.site, _ = inputs
+    x, residual, weight, bias, x_bias, key, _, ctx.dropout_p, ctx.site, _ = inputs
     _, new_residual, mean, rstd = output
     ctx.has_residual = residual is not None
     ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+    ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(new_residual if ctx.has_residual else x, weight, mean, rstd, key)
 
@@ -128,7 +129,7 @@ def _autograd_backward(ctx, dy, dnew, _dmean, _drstd):
     r, weight, mean, rstd, key = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros((), dtype=r.dtype, device=r.device).expand(r.shape)
-    dr, dx, dweight, dbias = _backward_op(
+    dr, dx, dweight, dbias, dx_bias = _backward_op(
         dy,
         dnew if ctx.has_residual else None,
         r,
@@ -140,6 +141,7 @@ def _autograd_backward(ctx, dy, dnew, _dmean, _drstd):
         ctx.site,
         ctx.x_dtype,
         ctx.bias_dtype,
+        ctx.x_bias_dtype,
     )
     distinct = ctx.dropout_p > 0 or ctx.x_dtype != r.dtype
     return (
@@ -147,6 +149,7 @@ def _autograd_backward(ctx, dy, dnew, _dmean, _drstd):
         dr if ctx.has_residual else None,
         dweight,
         dbias if ctx.bias_dtype is not None else None,
+        dx_bias if ctx.x_bias_dtype is not None else None,
         *(None,) * 5,
     )
 
@@ -171,24 +174,27 @@ def layer_norm(x, weight, bias=None, *, eps=1e-5, backend="auto"):
         cannot run.
     Source: arXiv:1607.06450.
     """
-    where = _check("layer_norm", x, None, weight, bias, eps, 0.0, backend)
+    where = _check("layer_norm", x, None, weight, bias, None, eps, 0.0, backend)
     y_dtype = autocast_dtype(x)
     if where == "eager":
         return _eager_layer_norm(x, weight, bias, eps, y_dtype)
-    return _forward_op(x, None, weight, bias, None, eps, 0.0, 0, y_dtype)[0]
+    return _forward_op(x, None, weight, bias, None, None, eps, 0.0, 0, y_dtype)[0]
 
 
 def dropout_add_layer_norm(
-    x, residual, weight, bias=None, *, eps=1e-5, dropout_p=0.0, key=None, site=0, backend="auto"
-):
+    x, residual, weight, bias=None, *, x_bias=None, eps=1e-5, dropout_p=0.0, key=None, site=0,
+    backend="auto",
+):  # fmt: skip
     """The residual add, dropout before it and LayerNorm after it, in one pass.
 
-    new_residual = residual + dropout(x);  y = LayerNorm(new_residual)
+    new_residual = residual + dropout(x + x_bias);  y = LayerNorm(new_residual)
 
     Args:
         x: (..., C); float32, float16, bfloat16, or float64 (eager only); any strides.
         residual: shape of x; x's dtype or float32.
         weight, bias, eps: as in `layer_norm`.
+        x_bias: (C,), of the linear layer that made x without it: its gradient then costs no
+            further pass over dx.
         dropout_p: in [0, 1).
         key: (2,) int64 [seed, step] or (3,) [seed, step, first]; drawn if None. Dimension 0 of x
             is the sequence; the mask's row is first * (rows a sequence) + row, its plane 0.
@@ -200,19 +206,21 @@ def dropout_add_layer_norm(
     Source: arXiv:1607.06450; mask of `kernels.rng`.
     """
     op = "dropout_add_layer_norm"
-    where = _check(op, x, residual, weight, bias, eps, dropout_p, backend)
+    where = _check(op, x, residual, weight, bias, x_bias, eps, dropout_p, backend)
     if dropout_p:
         key = rng.check_key(op, key, x.device)
     y_dtype = autocast_dtype(x)
     if where == "eager":
+        x = x if x_bias is None else x + x_bias.to(x.dtype)
         new_residual = _eager_dropout_add(x, residual, dropout_p, key, site)
         return _eager_layer_norm(new_residual, weight, bias, eps, y_dtype), new_residual
-    return _forward_op(x, residual, weight, bias, key, eps, dropout_p, site, y_dtype)[:2]
+    return _forward_op(x, residual, weight, bias, x_bias, key, eps, dropout_p, site, y_dtype)[:2]
 
 
-def _check(op, x, residual, weight, bias, eps, dropout_p, choice) -> str:
+def _check(op, x, residual, weight, bias, x_bias, eps, dropout_p, choice) -> str:
     """The backend, once the arguments obey the rules."""
-    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+    vectors = {"weight": weight, "bias": bias, "x_bias": x_bias}
+    for name, tensor in {"x": x, "residual": residual, **vectors}.items():
         if tensor is not None and tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"{op}: {name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}"
@@ -220,7 +228,7 @@ def _check(op, x, residual, weight, bias, eps, dropout_p, choice) -> str:
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must be (..., C) with C at least 1; got {tuple(x.shape)}")
     C = x.shape[-1]
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in vectors.items():
         if tensor is not None and tensor.shape != (C,):
             raise ValueError(
                 f"{op}: {name} must be (C,) with C {C}, the last dimension of x; "
@@ -240,7 +248,7 @@ def _check(op, x, residual, weight, bias, eps, dropout_p, choice) -> str:
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative; got {eps}")
     rng.check_dropout(op, dropout_p)
-    where = backend.resolve(op, choice, x, residual, weight, bias)
+    where = backend.resolve(op, choice, x, residual, weight, bias, x_bias)
     if where == "triton" and x.dtype == torch.float64:
         raise TypeError(f"{op}: float64 needs backend='eager'; got x {x.dtype}, backend 'triton'")
     return where

@@ -18,6 +18,7 @@ def _forward_kernel(
     residual_ptr,  # (M, C) or None
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
+    x_bias_ptr,  # (C,) or None
     key_ptr,  # (2,) or (3,) or None
     y_ptr,  # (M, C) contiguous
     new_residual_ptr,  # (M, C) contiguous; written if there is a residual
@@ -30,6 +31,7 @@ def _forward_kernel(
     stride_rc,
     stride_w,
     stride_b,
+    stride_xb,
     eps,
     site,
     threshold,
@@ -55,6 +57,8 @@ def _forward_kernel(
             mask,
             other=0.0,
         ).to(tl.float32)
+        if x_bias_ptr is not None:
+            x += tl.load(x_bias_ptr + cols * stride_xb, mask_c, other=0.0).to(tl.float32)[None, :]
         if key_ptr is not None:
             seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
             row = first * rows_per_sequence.to(tl.uint32) + rows.to(tl.uint32)
@@ -86,7 +90,7 @@ def _backward_kernel(
     key_ptr,  # (2,) or (3,) or None
     dr_ptr,  # (M, C) contiguous
     dx_ptr,  # (M, C) contiguous, or None: dropout'(dr)
-    partials_ptr,  # (2, P, C) float32: dweight, dbias
+    partials_ptr,  # (1, 2 or 3, P, C) float32: dweight, dbias, dx_bias
     M,
     stride_dym,
     stride_dyc,
@@ -105,6 +109,7 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
 ):
     """Program i of P owns row tiles i, i + P, i + 2P, ... and partial row i."""
     program = tl.program_id(0)
@@ -114,6 +119,7 @@ def _backward_kernel(
     weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    dx_bias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if key_ptr is not None:
         seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
         first_row = first * rows_per_sequence.to(tl.uint32)
@@ -147,10 +153,15 @@ def _backward_kernel(
                 keep = rng.keep_tile(seed, step, 0, site, row, 0, threshold, BLOCK_C)
                 dr = tl.where(keep, dr * scale, 0.0)
             tl.store(dx_ptr + offsets, dr.to(dx_ptr.dtype.element_ty), mask)
+        if HAS_X_BIAS:
+            dx_bias += tl.where(mask, dr, 0.0)
     partials_ptr += program * C
     tl.store(partials_ptr + cols, tl.sum(dweight, 0), mask_c)
     if HAS_BIAS:
         tl.store(partials_ptr + P * C + cols, tl.sum(dbias, 0), mask_c)
+    if HAS_X_BIAS:
+        partials_ptr += (1 + HAS_BIAS) * P * C
+        tl.store(partials_ptr + cols, tl.sum(dx_bias, 0), mask_c)
 
 
 @jit(do_not_specialize=["site", "threshold", "rows_per_sequence"])
@@ -221,9 +232,10 @@ def _wide_backward_kernel(
 def _parameter_gradient_kernel(
     dy_ptr,  # (M, C)
     r_ptr,  # (M, C)
+    dx_ptr,  # (M, C) contiguous
     mean_ptr,  # (M,)
     rstd_ptr,  # (M,)
-    partials_ptr,  # (2, P, C) float32: dweight, dbias
+    partials_ptr,  # (1, 2 or 3, P, C) float32: dweight, dbias, dx_bias
     M,
     stride_dym,
     stride_dyc,
@@ -234,6 +246,7 @@ def _parameter_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
 ):
     """Program (j, i) owns column tile j, row tiles i, i + P, ... and that part of partial row i."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -242,6 +255,7 @@ def _parameter_gradient_kernel(
     cols64 = cols[None, :].to(tl.int64)
     dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    dx_bias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for tile in range(program, tl.cdiv(M, BLOCK_M), P):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = rows < M
@@ -254,10 +268,16 @@ def _parameter_gradient_kernel(
         dweight += dy * ((r.to(tl.float32) - mean) * rstd)
         if HAS_BIAS:
             dbias += dy
+        if HAS_X_BIAS:
+            offsets = rows[:, None] * C + cols64
+            dx_bias += tl.load(dx_ptr + offsets, mask, other=0.0).to(tl.float32)
     partials_ptr += program * C
     tl.store(partials_ptr + cols, tl.sum(dweight, 0), mask_c)
     if HAS_BIAS:
         tl.store(partials_ptr + P * C + cols, tl.sum(dbias, 0), mask_c)
+    if HAS_X_BIAS:
+        partials_ptr += (1 + HAS_BIAS) * P * C
+        tl.store(partials_ptr + cols, tl.sum(dx_bias, 0), mask_c)
 
 
 # ------------------------------------------------------------------------------------ launchers
@@ -290,19 +310,19 @@ WIDE_C = 8192  # beyond it a row and its columns' sums no longer fit in register
 
 
 def backward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
-    """Eight warps share a tile of 4,096 values and keep the columns' sums in registers.
+    """A thread has 16 values of a tile, and of each column sum, in registers; 8 of long rows.
 
-    Partial sums are (programs, C), so programs are few and large. Wide rows go in pieces, one
-    program a row, and `_parameter_gradient_kernel` sums the columns.
+    Three programs of four warps fit a multiprocessor and keep 36 KB of loads under way. Partial
+    sums are (programs, C). Wide rows go in pieces, one program a row, and
+    `_parameter_gradient_kernel` sums the columns. Chosen by compiled code, not by a measurement.
     """
     if C > WIDE_C:
         return LayerNormPlan(BLOCK_M=1, BLOCK_C=4096, num_warps=8)
     BLOCK_C = max(16, _next_power_of_two(C))
+    if BLOCK_C > 2048:
+        return LayerNormPlan(BLOCK_M=1, BLOCK_C=BLOCK_C, num_warps=16, programs=1)
     return LayerNormPlan(
-        BLOCK_M=max(1, min(32, 4096 // BLOCK_C)),
-        BLOCK_C=BLOCK_C,
-        num_warps=max(8, BLOCK_C // 512),
-        programs=2 if BLOCK_C <= 4096 else 1,
+        BLOCK_M=max(1, min(32, 2048 // BLOCK_C)), BLOCK_C=BLOCK_C, num_warps=4, programs=3
     )
 
 
@@ -334,6 +354,7 @@ def forward(
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
     key: torch.Tensor | None,
     eps: float,
     dropout_p: float,
@@ -360,6 +381,7 @@ def forward(
         None if residual is None else residual_rows,
         weight,
         bias,
+        x_bias,
         key if dropout_p else None,
         y,
         new_residual,
@@ -370,6 +392,7 @@ def forward(
         *residual_rows.stride(),
         weight.stride(0),
         1 if bias is None else bias.stride(0),
+        1 if x_bias is None else x_bias.stride(0),
         eps,
         **_dropout_arguments(x.shape, dropout_p, site),
         C=C,
@@ -393,8 +416,9 @@ def backward(
     site: int,
     x_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dr, dx (empty where it equals dr), dweight, dbias (empty without a bias)."""
+    x_bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dr, dx (empty where it equals dr), dweight, dbias and dx_bias (empty without a bias)."""
     rows, dy = _rows(r), _rows(dy)
     (M, C), device = rows.shape, r.device
     dnew_rows = rows if dnew is None else _rows(dnew)
@@ -403,7 +427,7 @@ def backward(
     dx = torch.empty(r.shape if distinct else 0, dtype=x_dtype, device=device)
     architecture = backend.architecture(device)
     plan = backward_plan(architecture, C, x_dtype)
-    has_bias = bias_dtype is not None
+    has_bias, has_x_bias = bias_dtype is not None, x_bias_dtype is not None
     tensors = (
         dy,
         None if dnew is None else dnew_rows,
@@ -425,7 +449,7 @@ def backward(
     }
     if plan.programs:
         P = _programs(architecture, device, plan.programs)
-        partials = torch.empty(1 + has_bias, P, C, device=device)
+        partials = torch.empty(1 + has_bias + has_x_bias, P, C, device=device)
         backend.launch(
             _backward_kernel,
             (P,),
@@ -436,27 +460,32 @@ def backward(
             P=P,
             BLOCK_M=plan.BLOCK_M,
             HAS_BIAS=has_bias,
+            HAS_X_BIAS=has_x_bias,
             **constants,
         )
     else:
         backend.launch(_wide_backward_kernel, (M,), *tensors, *strides, **constants)
-        partials = _parameter_gradients(dy, rows, mean, rstd, has_bias)
-    dtypes = (weight.dtype, bias_dtype) if has_bias else (weight.dtype,)
-    dweight, *dbias = sum_partials(partials, *dtypes)
-    return dr, dx, dweight, dbias[0] if has_bias else dweight.new_empty(0)
+        dx_rows = _rows(dx if distinct else dr)
+        partials = _parameter_gradients(dy, rows, dx_rows, mean, rstd, has_bias, has_x_bias)
+    dtypes = (weight.dtype, bias_dtype, x_bias_dtype)
+    dweight, *sums = sum_partials(partials, *(dtype for dtype in dtypes if dtype is not None))
+    dbias = sums.pop(0) if has_bias else dweight.new_empty(0)
+    dx_bias = sums.pop() if has_x_bias else dweight.new_empty(0)
+    return dr, dx, dweight, dbias, dx_bias
 
 
-def _parameter_gradients(dy, rows, mean, rstd, has_bias: bool) -> torch.Tensor:
-    """Partial sums (1 or 2, P, C) of dweight and dbias for wide rows."""
+def _parameter_gradients(dy, rows, dx, mean, rstd, has_bias: bool, has_x_bias: bool):
+    """Partial sums (1, 2 or 3, P, C) of dweight, dbias and dx_bias for wide rows."""
     (M, C), device = rows.shape, rows.device
     plan = parameter_gradient_plan(backend.architecture(device), C, rows.dtype)
     P = plan.programs
-    partials = torch.empty(1 + has_bias, P, C, device=device)
+    partials = torch.empty(1 + has_bias + has_x_bias, P, C, device=device)
     backend.launch(
         _parameter_gradient_kernel,
         (-(-C // plan.BLOCK_C), P),
         dy,
         rows,
+        dx,
         mean,
         rstd,
         partials,
@@ -468,6 +497,7 @@ def _parameter_gradients(dy, rows, mean, rstd, has_bias: bool) -> torch.Tensor:
         BLOCK_M=plan.BLOCK_M,
         BLOCK_C=plan.BLOCK_C,
         HAS_BIAS=has_bias,
+        HAS_X_BIAS=has_x_bias,
         num_warps=plan.num_warps,
     )
     return partials

@@ -337,11 +337,14 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, ctx.activation, _ = inputs
     y, z = output
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)  # z has none, and zeros would be a kernel
     ctx.save_for_backward(x, weight, z if ctx.activation == "gelu" else y)
 
 
 def _autograd_backward(ctx, dy, _dz):
     x, weight, saved = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 5
     dz, dbias = _backward_op(dy, saved, ctx.activation, ctx.bias_dtype)
     dx = (dz @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
     dweight = dz.t() @ _rows(x) if ctx.needs_input_grad[1] else None

@@ -153,21 +153,24 @@ def layer_norm(draw: Draw, M=16, C=16, bias=True) -> Problem:
 
 
 def dropout_add_layer_norm(draw: Draw, B=1, T=16, C=16, p=0.0, bias=True) -> Problem:
-    """`dropout_add_layer_norm`."""
+    """`dropout_add_layer_norm`, with both of its biases or none."""
     inputs = {"x": draw.normal(B, T, C), "residual": draw.normal(B, T, C)}
-    inputs |= {"weight": draw.normal(C)} | ({"bias": draw.normal(C)} if bias else {})
+    inputs |= {"weight": draw.normal(C)}
+    inputs |= {"bias": draw.normal(C), "x_bias": draw.normal(C)} if bias else {}
     key = draw.key() if p else None
     keep = activation_keep(key, B, T, C, p) if p else None
 
     def call(x, backend):
         y, new_residual = kernels.dropout_add_layer_norm(
             *(x["x"], x["residual"], x["weight"], x.get("bias")),
-            **{"dropout_p": p, "key": key, "site": SITE, "backend": backend},
+            **{"x_bias": x.get("x_bias"), "dropout_p": p, "key": key, "site": SITE},
+            backend=backend,
         )
         return {"y": y, "new_residual": new_residual}
 
     def plain(x):
-        dropped = x["x"] * keep * rng.dropout_scale(p) if p else x["x"]
+        dropped = x["x"] + x["x_bias"] if bias else x["x"]
+        dropped = dropped * keep * rng.dropout_scale(p) if p else dropped
         new_residual = x["residual"] + dropped
         y = F.layer_norm(new_residual, (C,), x["weight"], x.get("bias"))
         return {"y": y, "new_residual": new_residual}

@@ -11,6 +11,7 @@ def _sum_partials_kernel(
     partials_ptr,  # (n, P, C) float32, contiguous
     first_ptr,  # (C,)
     second_ptr,  # (C,) or None
+    third_ptr,  # (C,) or None
     P,
     C,
     BLOCK_P: tl.constexpr,
@@ -28,12 +29,15 @@ def _sum_partials_kernel(
     column_sum = tl.sum(total, 0)
     if tl.program_id(1) == 0:
         tl.store(first_ptr + cols, column_sum.to(first_ptr.dtype.element_ty), mask_c)
-    elif second_ptr is not None:
-        tl.store(second_ptr + cols, column_sum.to(second_ptr.dtype.element_ty), mask_c)
+    elif tl.program_id(1) == 1:
+        if second_ptr is not None:
+            tl.store(second_ptr + cols, column_sum.to(second_ptr.dtype.element_ty), mask_c)
+    elif third_ptr is not None:
+        tl.store(third_ptr + cols, column_sum.to(third_ptr.dtype.element_ty), mask_c)
 
 
 def sum_partials(partials: torch.Tensor, *dtypes: torch.dtype) -> list[torch.Tensor]:
-    """Sums over the middle axis of partials (n, P, C), n = 1 or 2, float32, as n (C,) tensors."""
+    """Sums over the middle axis of partials (n, P, C), float32, as n (C,) tensors; n is 1 to 3."""
     n, P, C = partials.shape
     outputs = [torch.empty(C, dtype=dtype, device=partials.device) for dtype in dtypes]
     # A narrow tile gives even C = 384 some fifty programs: the kernel is bound by latency.
@@ -42,8 +46,8 @@ def sum_partials(partials: torch.Tensor, *dtypes: torch.dtype) -> list[torch.Ten
         _sum_partials_kernel,
         (-(-C // BLOCK_C), n),
         partials,
-        outputs[0],
-        outputs[1] if n == 2 else None,
+        *outputs,
+        *(None,) * (3 - n),
         P,
         C,
         BLOCK_P=BLOCK_P,

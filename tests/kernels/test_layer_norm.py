@@ -37,8 +37,10 @@ def keep_mask(key, shape, p):
     return keep.view(shape)
 
 
-def plain(x, residual, weight, bias, eps=1e-5, p=0.0, key=None):
+def plain(x, residual, weight, bias, x_bias=None, *, eps=1e-5, p=0.0, key=None):
     """The equation in plain PyTorch, in the inputs' dtypes."""
+    if x_bias is not None:
+        x = x + x_bias
     if p:
         x = x * keep_mask(key, x.shape, p) * dropout_scale(p)
     r = residual + x
@@ -77,7 +79,8 @@ def run(function, inputs, gradients, dtype=None):
     )
     names = ("y", "new_residual")[: len(outputs)]
     results = dict(zip(names, (output.detach() for output in outputs), strict=True))
-    for name, leaf in zip(("dx", "dresidual", "dweight", "dbias"), leaves, strict=False):
+    names = ("dx", "dresidual", "dweight", "dbias", "dx_bias")
+    for name, leaf in zip(names, leaves, strict=False):
         if leaf is not None:
             results[name] = leaf.grad
     return results
@@ -158,6 +161,29 @@ def test_layer_norm_obeys_the_2x_rule(device, backend, bias, dtype):
     assert [names.get(result.name, result.name) for result in results] == (
         ["y", "dx", "dweight", "dbias"] if bias else ["y", "dx", "dweight"]
     )
+
+
+@pytest.mark.parametrize("wide", (False, True), ids=("rows", "wide"))
+@pytest.mark.parametrize("p", (0.0, 0.2), ids="p{}".format)
+@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no-bias"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bias_of_x_has_its_gradient(device, monkeypatch, backend, bias, p, wide):
+    if wide:
+        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
+        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+    inputs, gradients = make_inputs(device, (2, 9, 50), torch.float32, bias=bias)
+    x_bias = 1 + torch.arange(50, device=device) / 50
+    key = make_key(3, 5, 2, device=device)
+
+    def fused(x, residual, weight, bias, x_bias):
+        options = {"x_bias": x_bias, "dropout_p": p, "key": key, "site": SITE}
+        return dropout_add_layer_norm(x, residual, weight, bias, **options, backend=backend)
+
+    results = comparisons(
+        fused, lambda *leaves: plain(*leaves, p=p, key=key), [*inputs, x_bias], gradients
+    )
+    assert_passed(results)
+    assert results[-1].name == "dx_bias"
 
 
 def test_wide_rows_go_in_pieces(device, monkeypatch):
@@ -343,13 +369,24 @@ def test_opcheck(device):
     key = make_key(3, 5, device=device)
     torch.library.opcheck(
         torch.ops.kernels.layer_norm_forward.default,
-        (*leaves, key, 1e-5, 0.2, SITE, torch.float32),
+        (*leaves, bias.detach().clone().requires_grad_(), key, 1e-5, 0.2, SITE, torch.float32),
     )
     x, residual, weight, bias = (t.detach() for t in leaves)
     statistics = torch.ones(6, device=device), torch.ones(6, device=device)
     torch.library.opcheck(
         torch.ops.kernels.layer_norm_backward.default,
-        (x, None, residual, weight, *statistics, key, 0.2, SITE, torch.float16, torch.float32),
+        (
+            x,
+            None,
+            residual,
+            weight,
+            *statistics,
+            key,
+            0.2,
+            SITE,
+            torch.float16,
+            *[torch.float32] * 2,
+        ),
     )
     torch.library.opcheck(
         torch.ops.kernels.keep_rows.default, (key, SITE, [2, 3, 24], 0.2), test_utils="test_schema"
@@ -408,7 +445,7 @@ def _break_site(monkeypatch):
 def _break_eps(monkeypatch):
     forward = module._forward_op
     monkeypatch.setattr(
-        module, "_forward_op", lambda *args: forward(*args[:5], 10 * args[5], *args[6:])
+        module, "_forward_op", lambda *args: forward(*args[:6], 10 * args[6], *args[7:])
     )
 
 
@@ -471,6 +508,12 @@ ERRORS = {
         ValueError,
         r"bias must be \(C,\) with C 8.*\(1, 8\)",
     ),
+    "x_bias shape": (
+        {"x_bias": torch.ones(7)},
+        ValueError,
+        r"x_bias must be \(C,\) with C 8.*\(7,\)",
+    ),
+    "x_bias dtype": ({"x_bias": torch.ones(8).long()}, TypeError, "x_bias must be .* torch.int64"),
     "residual shape": (
         {"residual": torch.zeros(3, 8)},
         ValueError,
