@@ -416,6 +416,7 @@ def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bo
         # all kernels, because numpy's products round differently in each shape.
         return Plan(16, 32, 4, 1) if D <= 32 else Plan(32, 16, 4, 1)
     if dtype == torch.float32:
+        # Below 64 rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
         return Plan(32, 16 if kernel == "dq" else 32, 4, 1)
     if D > 64 and D % 8 and kernel == "forward":
         return Plan(64, 16, 4, 1)  # of odd rows each element has a pointer: 32 keys spill

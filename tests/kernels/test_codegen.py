@@ -176,6 +176,12 @@ def test_each_budget_is_held(change, rule):
     assert rule in breach
 
 
+def test_without_a_tensor_core_in_the_budget_there_may_be_none():
+    budget = replace(BUDGET, tensor_core=None)
+    assert budget.breaches(ROW | {"tensor_core": {}}) == []
+    assert "tensor core must be none" in budget.breaches(ROW)[0]
+
+
 def test_check_wants_a_budget_for_every_kernel_and_a_kernel_for_every_budget(monkeypatch):
     key = "op", "case", "_kernel", "sm_90"
     case = replace(CASES[0], op="op", name="case")
@@ -349,6 +355,29 @@ def test_shipped_kernels_keep_their_budgets(arguments, tmp_path):
     again = run("-m", "kernels.codegen", "--diff", str(path), *arguments)
     assert again.returncode == 0 and "no change from" in again.stdout
     assert 0 < row["floor_us"] <= row["bound_us"]
+
+
+_COST_OF_DROPOUT = """
+import json
+from kernels import codegen
+from kernels.budgets import CASES
+
+name = "B64-T256-H6-D64-bf16"
+names = name, name + "-p0.2"
+cases = [case for case in CASES if case.op == "causal_attention" and case.name in names]
+rows = codegen.examine(cases, ["sm_90"], {"sm_90": codegen.GPUS["H200"]})
+cost = {(row["case"], row["kernel"]): row["per_element"] for row in rows}
+kernels = {kernel for _, kernel in cost}
+print(json.dumps({k: cost[name + "-p0.2", k] - cost[name, k] for k in kernels}))
+"""
+
+
+def test_random_numbers_cost_at_most_six_instructions_an_element():
+    """Of a query-key pair, with dropout less without, in the hottest loop of each kernel."""
+    result = run("-c", _COST_OF_DROPOUT)
+    assert result.returncode == 0, result.stderr
+    cost = json.loads(result.stdout)
+    assert len(cost) == 3 and max(cost.values()) <= 6, cost
 
 
 def test_a_breach_is_exit_code_1(monkeypatch, capsys):
