@@ -282,109 +282,112 @@ def _read_budgets(text: str) -> dict[tuple[str, str, str, str], Budget]:
 # with 8 registers and a tenth of the instructions to spare.
 BUDGETS = _read_budgets("""
 causal_attention B64-T256-H6-D64-bf16-p0.2
-  _attention_forward_kernel sm_80 200 0 20480 2 29.8 HMMA
-  _attention_dq_kernel sm_80 232 0 28672 2 28.3 HMMA
-  _attention_dkdv_kernel sm_80 248 0 29184 2 48.7 HMMA
-  _attention_forward_kernel sm_90 224 0 49152 2 22.0 HGMMA
-  _attention_dq_kernel sm_90 224 0 57344 2 21.1 HGMMA
-  _attention_dkdv_kernel sm_90 255 0 40960 2 23.1 HGMMA
-  _attention_forward_kernel sm_100 232 0 41984 2 25.0 UTCHMMA
-  _attention_dq_kernel sm_100 176 0 58368 2 22.9 UTCHMMA
-  _attention_dkdv_kernel sm_100 224 0 40968 2 25.5 UTCHMMA
-  _attention_forward_kernel gfx942 144 0 12288 3 57.5 v_mfma
-  _attention_dq_kernel gfx942 200 4 12288 2 55.4 v_mfma
-  _attention_dkdv_kernel gfx942 248 0 8192 2 80.3 v_mfma
+  _attention_forward_kernel sm_80 176 0 16384 2 28.1 HMMA
+  _attention_dq_kernel sm_80 176 0 24576 2 26.7 HMMA
+  _attention_dkdv_kernel sm_80 255 0 29184 2 48.1 HMMA
+  _attention_forward_kernel sm_90 176 0 40960 2 20.0 HGMMA
+  _attention_dq_kernel sm_90 224 0 49152 2 18.9 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 40960 2 19.4 HGMMA
+  _attention_forward_kernel sm_100 255 0 41984 2 24.3 UTCHMMA
+  _attention_dq_kernel sm_100 184 0 58368 2 23.5 UTCHMMA
+  _attention_dkdv_kernel sm_100 240 0 40968 2 20.1 UTCHMMA
+  _attention_forward_kernel gfx942 144 0 12288 3 57.2 v_mfma
+  _attention_dq_kernel gfx942 152 0 8192 3 56.1 v_mfma
+  _attention_dkdv_kernel gfx942 256 0 8192 2 80.0 v_mfma
 causal_attention B64-T256-H6-D64-bf16
-  _attention_forward_kernel sm_80 152 0 16384 3 18.4 HMMA
+  _attention_forward_kernel sm_80 152 0 16384 3 18.5 HMMA
   _attention_dq_kernel sm_80 176 0 24576 2 16.5 HMMA
   _attention_dkdv_kernel sm_80 176 0 29184 2 28.5 HMMA
-  _attention_forward_kernel sm_90 136 0 40960 3 14.4 HGMMA
+  _attention_forward_kernel sm_90 136 0 40960 3 14.2 HGMMA
   _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
-  _attention_dkdv_kernel sm_90 255 0 40960 2 12.9 HGMMA
-  _attention_forward_kernel sm_100 168 0 41984 3 18.3 UTCHMMA
-  _attention_dq_kernel sm_100 136 6 58368 2 16.4 UTCHMMA
+  _attention_dkdv_kernel sm_90 248 0 40960 2 13.5 HGMMA
+  _attention_forward_kernel sm_100 160 0 41984 3 18.3 UTCHMMA
+  _attention_dq_kernel sm_100 136 0 58368 2 16.4 UTCHMMA
   _attention_dkdv_kernel sm_100 136 0 40968 3 14.9 UTCHMMA
 causal_attention B4-T4096-H12-D64-bf16
-  _attention_forward_kernel sm_90 136 0 40960 3 14.4 HGMMA
+  _attention_forward_kernel sm_90 136 0 40960 3 14.2 HGMMA
   _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
-  _attention_dkdv_kernel sm_90 255 0 40960 2 12.9 HGMMA
+  _attention_dkdv_kernel sm_90 248 0 40960 2 13.5 HGMMA
 causal_attention B4-T4096-H12-D128-bf16
-  _attention_forward_kernel sm_80 255 0 36864 2 36.6 HMMA
+  _attention_forward_kernel sm_80 224 0 36864 2 36.7 HMMA
   _attention_dq_kernel sm_80 176 0 53248 1 45.7 HMMA
   _attention_dkdv_kernel sm_80 136 0 35072 1 73.2 HMMA
-  _attention_forward_kernel sm_90 248 0 81920 2 17.3 HGMMA
-  _attention_dq_kernel sm_90 216 0 131072 1 15.1 HGMMA
+  _attention_forward_kernel sm_90 216 0 81920 2 17.3 HGMMA
+  _attention_dq_kernel sm_90 208 0 131072 1 15.2 HGMMA
   _attention_dkdv_kernel sm_90 255 0 65536 2 27.2 HGMMA
   _attention_forward_kernel sm_100 224 0 82944 2 22.7 UTCHMMA
-  _attention_dq_kernel sm_100 120 0 115712 2 23.0 UTCHMMA
-  _attention_dkdv_kernel sm_100 168 0 73736 1 28.3 UTCHMMA
+  _attention_dq_kernel sm_100 112 0 115712 2 23.0 UTCHMMA
+  _attention_dkdv_kernel sm_100 168 0 73736 1 28.7 UTCHMMA
 causal_attention B4-T4096-H12-D128-bf16-p0.2
-  _attention_forward_kernel sm_80 255 0 36864 2 52.5 HMMA
-  _attention_dq_kernel sm_80 184 0 53248 1 68.9 HMMA
-  _attention_dkdv_kernel sm_80 176 0 35072 1 113.6 HMMA
-  _attention_forward_kernel sm_90 255 0 90112 2 25.9 HGMMA
-  _attention_dq_kernel sm_90 255 0 147456 1 23.2 HGMMA
-  _attention_dkdv_kernel sm_90 255 0 65536 2 35.0 HGMMA
-  _attention_forward_kernel sm_100 240 0 82944 2 29.3 UTCHMMA
-  _attention_dq_kernel sm_100 136 0 115712 1 29.6 UTCHMMA
-  _attention_dkdv_kernel sm_100 176 0 73736 1 39.9 UTCHMMA
+  _attention_forward_kernel sm_80 248 0 36864 2 51.4 HMMA
+  _attention_dq_kernel sm_80 176 0 53248 1 70.3 HMMA
+  _attention_dkdv_kernel sm_80 176 0 35072 1 108.9 HMMA
+  _attention_forward_kernel sm_90 248 0 81920 2 23.7 HGMMA
+  _attention_dq_kernel sm_90 216 0 131072 1 21.7 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 65536 2 34.9 HGMMA
+  _attention_forward_kernel sm_100 248 0 82944 2 29.1 UTCHMMA
+  _attention_dq_kernel sm_100 136 0 115712 1 30.0 UTCHMMA
+  _attention_dkdv_kernel sm_100 176 0 73736 1 36.9 UTCHMMA
 causal_attention B64-T256-H6-D85-bf16-p0.2
-  _attention_forward_kernel sm_90 255 280 32768 2 64.2 HGMMA
-  _attention_dq_kernel sm_90 255 950 98304 1 42.4 HGMMA
-  _attention_dkdv_kernel sm_90 255 404 65536 2 96.0 HGMMA
+  _attention_forward_kernel sm_90 255 0 20480 2 67.7 HGMMA
+  _attention_dq_kernel sm_90 255 772 98304 1 42.4 HGMMA
+  _attention_dkdv_kernel sm_90 255 605 65536 2 94.4 HGMMA
 causal_attention B64-T256-H6-D64-fp32-p0.2
-  _attention_forward_kernel sm_90 255 0 20480 2 211.8 -
-  _attention_dq_kernel sm_90 255 400 32768 2 300.9 -
-  _attention_dkdv_kernel sm_90 255 0 40960 2 370.8 -
+  _attention_forward_kernel sm_90 255 0 20480 2 211.6 -
+  _attention_dq_kernel sm_90 232 0 24576 2 296.7 -
+  _attention_dkdv_kernel sm_90 255 0 40960 2 369.3 -
+  _attention_forward_kernel sm_100 255 0 20480 2 194.3 -
+  _attention_dq_kernel sm_100 240 0 24576 2 303.9 -
+  _attention_dkdv_kernel sm_100 255 0 40960 2 298.7 -
 layer_norm M16384-C384-bf16
   _forward_kernel sm_80 72 0 0 28 19.1 -
-  _backward_kernel sm_80 120 0 8192 2 33.0 -
+  _backward_kernel sm_80 120 0 4096 4 32.5 -
   _sum_partials_kernel sm_80 48 0 256 10 - -
   _forward_kernel sm_90 72 0 0 28 19.2 -
-  _backward_kernel sm_90 128 0 8192 2 33.0 -
+  _backward_kernel sm_90 120 0 4096 4 32.6 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
   _forward_kernel sm_100 72 0 0 28 16.5 -
-  _backward_kernel sm_100 120 0 8192 2 30.5 -
+  _backward_kernel sm_100 120 0 4096 4 29.7 -
   _sum_partials_kernel sm_100 40 0 256 12 - -
   _forward_kernel gfx942 48 0 0 32 32.8 -
-  _backward_kernel gfx942 80 0 16384 3 33.2 -
+  _backward_kernel gfx942 80 0 8192 6 33.2 -
   _sum_partials_kernel gfx942 40 0 256 8 - -
 layer_norm M16384-C768-bf16
   _forward_kernel sm_90 48 0 8 20 25.9 -
-  _backward_kernel sm_90 128 0 8192 2 33.0 -
+  _backward_kernel sm_90 120 0 4096 4 32.3 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 layer_norm M16384-C1024-bf16
   _forward_kernel sm_90 48 0 8 20 18.9 -
-  _backward_kernel sm_90 120 0 8192 2 24.4 -
+  _backward_kernel sm_90 104 0 4096 4 23.9 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 layer_norm M16384-C4096-bf16
   _forward_kernel sm_90 48 0 32 5 19.5 -
-  _backward_kernel sm_90 136 0 8192 1 21.1 -
+  _backward_kernel sm_90 72 0 16384 1 26.4 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C384-bf16-p0.2
-  _forward_kernel sm_80 80 0 0 24 38.7 -
-  _backward_kernel sm_80 136 0 8192 1 50.7 -
+  _forward_kernel sm_80 80 0 0 24 41.3 -
+  _backward_kernel sm_80 168 0 4096 3 51.5 -
   _sum_partials_kernel sm_80 48 0 256 10 - -
-  _forward_kernel sm_90 80 0 0 24 39.1 -
-  _backward_kernel sm_90 136 0 8192 1 51.0 -
+  _forward_kernel sm_90 80 0 0 24 41.7 -
+  _backward_kernel sm_90 176 0 4096 2 51.7 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
-  _forward_kernel sm_100 72 0 0 28 35.3 -
-  _backward_kernel sm_100 136 0 8192 1 48.9 -
+  _forward_kernel sm_100 96 0 0 20 37.1 -
+  _backward_kernel sm_100 168 0 4096 3 48.3 -
   _sum_partials_kernel sm_100 40 0 256 12 - -
-  _forward_kernel gfx942 48 0 0 32 59.6 -
-  _backward_kernel gfx942 88 0 16384 2 55.7 -
+  _forward_kernel gfx942 64 0 0 32 60.8 -
+  _backward_kernel gfx942 104 0 8192 4 57.8 -
   _sum_partials_kernel gfx942 40 0 256 8 - -
 dropout_add_layer_norm M16384-C768-bf16
-  _forward_kernel sm_90 48 0 8 20 29.2 -
-  _backward_kernel sm_90 136 0 8192 1 36.9 -
+  _forward_kernel sm_90 48 0 8 20 39.4 -
+  _backward_kernel sm_90 136 0 4096 3 39.1 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C1024-bf16-p0.2
-  _forward_kernel sm_90 56 0 8 18 35.9 -
-  _backward_kernel sm_90 136 0 8192 1 37.4 -
+  _forward_kernel sm_90 56 0 8 18 39.0 -
+  _backward_kernel sm_90 136 0 4096 3 38.1 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C4096-bf16-p0.2
-  _forward_kernel sm_90 56 0 32 4 36.3 -
-  _backward_kernel sm_90 136 0 8192 1 33.6 -
+  _forward_kernel sm_90 56 0 32 4 39.3 -
+  _backward_kernel sm_90 112 0 16384 1 40.3 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 linear_act M16384-K384-N1536-bf16-relu
   _activation_backward_kernel sm_80 104 0 4096 4 - -
@@ -425,18 +428,18 @@ linear_cross_entropy M16384-C768-V50257-bf16
   _reduce_losses_kernel sm_90 56 0 32 4 - -
   _scale_kernel sm_90 40 0 0 12 - -
 embed B64-T256-C384-V65-bf16-p0.2
-  _embed_kernel sm_80 40 0 0 12 25.6 -
+  _embed_kernel sm_80 48 0 0 10 25.6 -
   _position_gradient_kernel sm_80 56 0 2048 9 - -
   _token_gradient_one_hot_kernel sm_80 192 0 20992 2 - HMMA
-  _embed_kernel sm_90 40 0 0 12 26.6 -
+  _embed_kernel sm_90 56 0 0 9 26.1 -
   _position_gradient_kernel sm_90 56 0 2048 9 - -
   _token_gradient_one_hot_kernel sm_90 160 0 20992 3 - HGMMA
-  _embed_kernel sm_100 48 0 0 10 25.1 -
+  _embed_kernel sm_100 48 0 0 10 25.0 -
   _position_gradient_kernel sm_100 56 0 2048 9 - -
   _token_gradient_one_hot_kernel sm_100 136 0 12864 3 - UTCHMMA
-  _embed_kernel gfx942 40 0 0 8 34.0 -
+  _embed_kernel gfx942 40 0 0 8 33.6 -
   _position_gradient_kernel gfx942 48 0 2048 8 - -
-  _token_gradient_one_hot_kernel gfx942 136 0 8192 3 - v_mfma
+  _token_gradient_one_hot_kernel gfx942 144 0 8192 3 - v_mfma
 rotary_qkv B64-T256-H6-D64-bf16
   _rotary_kernel sm_80 56 0 0 9 24.1 -
   _rotary_kernel sm_90 56 0 0 9 24.4 -
