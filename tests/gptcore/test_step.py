@@ -162,25 +162,25 @@ def curves(notebook, corpus, steps, backend="eager", damage=0):
 
 
 SMALL = {"batch_size": 2, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 48}
+WHOLE = {"batch_size": 2, "block_size": 32}
 TINY = {"batch_size": 1, "block_size": 4, "n_layer": 1, "n_head": 1, "n_embd": 8}
 
 
 @pytest.mark.parametrize(
-    ("notebook", "backend"),
+    ("notebook", "backend", "steps"),
     (
-        pytest.param(SMALL, "eager", id="small-eager"),
-        pytest.param(TINY, "triton", id="tiny-triton"),
-        pytest.param(
-            {"batch_size": 2, "block_size": 32}, "eager", id="whole-eager", marks=pytest.mark.slow
-        ),
+        pytest.param(SMALL, "eager", 50, id="small-eager-50"),
+        pytest.param(TINY, "triton", 5, id="tiny-triton-5"),
+        pytest.param(TINY, "triton", 50, id="tiny-triton-50", marks=pytest.mark.slow),
+        pytest.param(WHOLE, "eager", 50, id="whole-eager-50", marks=pytest.mark.slow),
     ),
 )
-def test_the_curve_is_the_naive_models_for_50_steps(prepared, notebook, backend):
-    """The notebook's preset in float32, dropout on: 50 steps differ by rounding alone."""
-    naive, fast = curves(notebook, prepared().corpus, 50, backend)
+def test_the_curve_is_the_naive_models(prepared, notebook, backend, steps):
+    """The notebook's preset in float32, dropout on: the losses differ by rounding alone."""
+    naive, fast = curves(notebook, prepared().corpus, steps, backend)
     assert fast == pytest.approx(naive, rel=1e-3)
     assert fast[0] == pytest.approx(naive[0], rel=1e-6)
-    assert backend == "triton" or sum(fast[-5:]) < sum(fast[:5]) - 1
+    assert len(set(fast)) == steps
 
 
 def test_the_comparison_of_curves_sees_another_seed(prepared):
