@@ -390,7 +390,7 @@ def check_part(part: tuple[str, str, str], settings: Settings) -> list[Result]:
 def _check_kernel_op(op: str, settings: Settings, backend: str, dtype: str) -> Iterator[Result]:
     on_gpu = settings.device.type == "cuda"
     compiled = on_gpu or backend == "eager"
-    names = problem_names(op, settings.full, compiled, settings.seed, dtype)
+    names = problem_names(op, settings.full, compiled, settings.seed, dtype, on_gpu)
     for number, name in enumerate(names):
         about = (op, name, dtype, backend)
         problem = build_problem(op, name, dtype, settings.device, settings.seed)
