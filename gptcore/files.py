@@ -28,9 +28,9 @@ def read_json(path: Path) -> Any:
             text = file.read(JSON_BYTES)
         return json.loads(text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+        raise ConfigError(f"{path} is not JSON: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: not one of ours: nested too deep") from error
 

@@ -29,7 +29,7 @@ from gptcore.config import ConfigError, GPTConfig, TrainConfig, to_json
 from gptcore.files import read_json
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
-from gptcore.tensors import check_pickle, read_tensors
+from gptcore.tensors import read_pickle, read_tensors
 from kernels import causal_attention
 
 # GPT-2's names for the parts of ours; each is one component of a parameter's name.
@@ -402,14 +402,9 @@ def _known(functions, format, verb):
 def _read_pickle(path):
     """What torch.save wrote, if it is tensors and plain values; tensors stay on the disk."""
     try:
-        check_pickle(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return read_pickle(path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except ConfigError:
-        raise
-    except Exception as error:  # on foreign bytes the restricted unpickler raises anything
-        raise ConfigError(f"{path}: damaged, or no PyTorch file") from error
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ metrics.jsonl holds one object a line: {"kind": "train", "step", "loss", "lr", "
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -251,6 +252,8 @@ def plot_losses(metrics: Path, image: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(image, dpi=120)
+    del figure, axes
+    gc.collect()  # what a figure leaves is a megabyte in cycles
 
 
 def _where_tokens_are(corpus: Corpus | Arithmetic) -> str:

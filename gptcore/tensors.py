@@ -6,6 +6,7 @@ a compressed archive): `check_pickle` looks at it before torch.load does.
 """
 
 import json
+import math
 import pickletools
 import zipfile
 from pathlib import Path
@@ -28,7 +29,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
 }
 FLOATING = ("F64", "F32", "F16", "BF16")
-PICKLE_BYTES = 64 << 20
+LEGACY_MAGIC, LEGACY_PICKLES = 0x1950A86A20F9469CFC6C, 5
 # All that a dictionary of tensors and plain values needs; the storages come by number.
 PICKLED_NAMES = (
     *("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
@@ -88,37 +89,61 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any
     return write_bytes(path, (len(head).to_bytes(8, "little"), head, *data))
 
 
-def check_pickle(path: Path) -> None:
-    """Look through a file of torch.save without unpickling anything.
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values; tensors may stay on the disk.
 
-    Raises: ConfigError unless it is an uncompressed archive whose pickle names nothing but
-        tensors; OSError if it cannot be read.
+    Raises: ConfigError if it is not; OSError if it cannot be read.
     """
+    check_pickle(path)
     try:
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:  # on foreign bytes the restricted unpickler raises anything
+        raise ConfigError(f"{path}: damaged, or no PyTorch file") from error
+
+
+def check_pickle(path: Path) -> None:
+    """Look through a file of torch.save, of its present or old format, without unpickling anything.
+
+    Raises: ConfigError unless its pickles name nothing but tensors, and it claims no more than it
+        holds; OSError if it cannot be read.
+    """
+    size = Path(path).stat().st_size
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                file.seek(0)
+                for _ in range(LEGACY_PICKLES):  # their sizes are allocated before they are read
+                    _check_opcodes(path, file, size)
+                return
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ConfigError(f"{path}: compressed, which torch.save never does")
-            if sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+            if sum(entry.file_size for entry in entries) > size:
                 raise ConfigError(f"{path}: damaged: entries larger than the file")
-            pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
-                raise ConfigError(f"{path}: no PyTorch file, or one too large")
-            for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-                if opcode.name == "GLOBAL" and argument in PICKLED_NAMES:
-                    continue
-                if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "EXT1"):
-                    raise ConfigError(
-                        f"{path}: a pickled model, which could run code when loaded; where the "
-                        "model can be made, torch.save(model.state_dict(), 'weights.pt') and "
-                        "import that"
-                    )
-    except OSError:
-        raise
-    except ConfigError:
+            (entry,) = (entry for entry in entries if entry.filename.endswith("data.pkl"))
+            _check_opcodes(path, archive.read(entry), math.inf)
+    except (OSError, ConfigError):
         raise
     except Exception as error:  # on foreign bytes zipfile and pickletools raise anything
         raise ConfigError(f"{path}: damaged, or no PyTorch file") from error
+
+
+def _check_opcodes(path: Path, content, most: float) -> None:
+    """Hold one pickle, bytes or from where a file stands, against what tensors need."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL" and argument in PICKLED_NAMES:
+            continue
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
+            raise ConfigError(
+                f"{path}: a pickled model, which could run code when loaded; where the model can "
+                "be made, torch.save(model.state_dict(), 'weights.pt') and import that"
+            )
+        if isinstance(argument, int) and argument > most and argument != LEGACY_MAGIC:
+            raise ConfigError(f"{path}: damaged, or no PyTorch file: {argument} in {most} bytes")
 
 
 def _one_line(error: Exception) -> str:

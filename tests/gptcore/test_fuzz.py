@@ -232,6 +232,12 @@ def make_notebook(folder):
     torch.save(build_model("naive", SHAPE).state_dict(), folder / "model.pth")
 
 
+def make_old_notebook(folder):
+    torch.manual_seed(0)
+    state = build_model("naive", SHAPE).state_dict()
+    torch.save(state, folder / "model.pth", _use_new_zipfile_serialization=False)
+
+
 def make_nanogpt(folder):
     torch.manual_seed(0)
     arguments = {"block_size": 4, "vocab_size": 9, "n_layer": 1, "n_head": 2, "n_embd": 4}
@@ -273,6 +279,7 @@ CASES_OF = {
     "tokenizer": Case(make_tokenizer, load_tokenizer),
     "prepared": Case(make_prepared, load_prepared),
     "notebook": Case(make_notebook, lambda folder: load_notebook(folder / "model.pth")),
+    "notebook of old": Case(make_old_notebook, lambda folder: load_notebook(folder / "model.pth")),
     "nanogpt": Case(make_nanogpt, lambda folder: load_nanogpt(folder / "ckpt.pt")),
     "transformers": Case(make_transformers, load_transformers),
     "metrics": Case(make_metrics, load_metrics),
