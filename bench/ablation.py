@@ -8,8 +8,8 @@ Method
     variants times seeds whole trainings.
 Formula
     difference: mean over seeds of (exact validation loss of the variant - that of the recipe with
-    the same seed); spread: standard deviation of these differences, and of the recipe's own losses. Nothing is timed:
-    several trainings may share the machine.
+    the same seed); spread: standard deviation of these differences, and of the recipe's own
+    losses. Nothing is timed: several trainings may share the machine.
 """
 
 import statistics
