@@ -244,7 +244,7 @@ DAMAGES = (
         "rotary_qkv",
         "eager",
         "a term of the normalisation's gradient forgotten",
-        "g.addcmul_(x, along, value=-1).mul_(rstd)",
+        "g.addcmul_(y, along, value=-1).mul_(rstd)",
         "g.mul_(rstd)",
     ),
     Damage(

@@ -248,7 +248,7 @@ def run(*arguments, **environment):
     "arguments, known",
     [
         (["--ops", "attention"], "causal_attention"),
-        (["--ops", "GPT", "--self-test"], "causal_attention"),
+        (["--ops", "gpt", "--self-test"], "causal_attention"),
         (["--dtypes", "float8"], "bfloat16"),
         (["--backend", "cuda"], "triton"),
         (["--quick", "--full"], "exclude"),
