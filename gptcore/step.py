@@ -262,6 +262,12 @@ def eager_reason(config: TrainConfig, device: torch.device, world: World = ALONE
     return None
 
 
+def may_be_half(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    amx, avx = torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported
+    return device.type != "cpu" or amx() or avx()
+
+
 def pick_dtype(
     model: nn.Module, corpus, config: TrainConfig, device: torch.device
 ) -> tuple[torch.dtype, str]:
@@ -275,7 +281,7 @@ def pick_dtype(
         return getattr(torch, config.dtype), f"--dtype {config.dtype}"
     if device.type != "cpu":
         return torch.bfloat16, "a GPU multiplies it fastest"
-    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+    if not may_be_half(device):
         return torch.float32, "this CPU has no bfloat16 products"
     key = make_key(config.seed, 0, 0, device)
     idx, targets = corpus.batch(key, config.batch_size, model.config.block_size)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gptcore import distributed, finetune, machine
+from gptcore import distributed, finetune, machine, memory
 from gptcore.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -149,6 +149,8 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
                 "give the same --data, or start a new run"
             )
     model_config = GPTConfig(**model_fields)
+    if world.parallel != "fsdp":  # whose processes share the weights
+        memory.check(config, model_config, device)
     corpus = task or Corpus.build(
         text,
         tokenizer,
@@ -397,7 +399,10 @@ def _train(run: Run) -> Path:
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
     look_interval = min(config.log_interval, LOOK_EVERY)
     saved, evaluation = (run.step, run.evaluated_step), None
-    with _disk_errors(run), _stop_on_signals(run), run.writer, log.progress_bar():
+    advised = memory.advised(
+        config, run.model.config, run.device, run.update.dtype, resume_command(run)
+    )
+    with advised, _disk_errors(run), _stop_on_signals(run), run.writer, log.progress_bar():
         while True:
             names = ["last"]
             due = run.step % config.eval_interval == 0 or run.step >= config.max_iters

@@ -1,0 +1,167 @@
+"""Out of memory: which batch fits, and the accumulation that keeps the result the same.
+
+What a step holds, for P parameters, R sequences of T tokens in a micro-batch, L layers, width C,
+H heads of D and V tokens in the vocabulary:
+
+    P * 4 * (weights + gradients + slots of the optimizer + their copies for the checkpoint)
+    R * T * itemsize * (L * (11 C + 4 H D, + 4 C unless ReLU, + 2 C with dropout) + 3 V)
+
+A bfloat16 copy of weights and gradients adds 4 P; the naive models keep (1, with dropout 3) H T
+more a layer; the Triton kernels hold a tenth of the V. The second line is fitted to the peaks of
+the CPU's allocator (`python -m bench memory`): eleven settings of nanogpt-cpu, within a quarter.
+
+A batch is split by batch_size and gradient_accumulation_steps alone, and batches and dropout masks
+follow from a sequence's place in the step's whole batch: their product decides the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
+from gptcore.model import build_model
+from gptcore.optim import STATE_SLOTS
+from gptcore.step import may_be_half
+
+TOLERANCE = 0.75  # of the estimate must not fit before a run is refused for it
+OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run needs: whatever the batch, and for each sequence of a micro-batch."""
+
+    fixed_bytes: int
+    sequence_bytes: int
+
+    def bytes(self, batch_size: int) -> int:
+        """Of a run with micro-batches of this size."""
+        return self.fixed_bytes + batch_size * self.sequence_bytes
+
+
+def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.dtype) -> Need:
+    """An estimate of what a run needs on its device; nothing is allocated.
+
+    Raises: ConfigError if no tensor can be as large as the model's.
+    """
+    P = parameter_count(config.model, model)
+    slots = len(STATE_SLOTS[OPTIMIZERS.get(config.optimizer, "AdamW")])
+    slots -= config.optimizer == "adamw"  # its count of steps is one number
+    on_cpu = device_type == "cpu"
+    fixed = 4 * P * (2 + slots + (1 + slots if on_cpu else 0))
+    if dtype == torch.bfloat16:
+        fixed += 4 * P
+    L, C, HD, T = model.n_layer, model.n_embd, model.n_head * model.D, model.block_size
+    a_layer = 11 * C + 4 * HD + 4 * C * (model.activation != "relu") + 2 * C * (model.dropout > 0)
+    if config.model == "naive":
+        a_layer += model.n_head * T * (3 if model.dropout else 1)
+    a_token = 3 * model.vocab_size if on_cpu else model.vocab_size // 3
+    if config.model in ("gpt", "naive"):
+        a_token += L * a_layer
+    return Need(fixed, T * dtype.itemsize * a_token)
+
+
+def parameter_count(name: str, model: GPTConfig) -> int:
+    """How many parameters such a model has; layers beyond two are counted, not built.
+
+    Raises: ConfigError if no tensor can be as large as the model's.
+    """
+    name = "gpt" if name == "naive" else name  # as many, without a module a head
+
+    def count(layers: int) -> int:
+        with torch.device("meta"):
+            built = build_model(name, model.replace(n_layer=layers))
+        return sum(parameter.numel() for parameter in built.parameters())
+
+    try:
+        one, two = count(1), count(2)
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
+        raise ConfigError(
+            f"no machine has memory for this model; got n_embd {model.n_embd}, block_size "
+            f"{model.block_size}, n_head {model.n_head}"
+        ) from error
+    return one + (two - one) * (model.n_layer - 1)
+
+
+def device_bytes(device: torch.device) -> tuple[float, float]:
+    """(free, all) memory of the device; infinite where that cannot be known."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + held, total
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf, math.inf
+    sizes = {
+        name: 1024 * int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)
+    }
+    return sizes["MemAvailable"], sizes["MemTotal"]
+
+
+def fitting(sequences: int, most: int, needed: Need, free: float) -> int | None:
+    """The largest batch size up to `most` that divides a step's sequences and fits; None: none."""
+    for size in range(min(most, sequences), 0, -1):
+        if sequences % size == 0 and needed.bytes(size) <= free:
+            return size
+    return None
+
+
+def check(config: TrainConfig, model: GPTConfig, device: torch.device) -> None:
+    """Refuse a run that surely does not fit, before anything is allocated.
+
+    Raises: ConfigError, naming the batch size that fits.
+    """
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and may_be_half(device))
+    needed = need(config, model, device.type, torch.bfloat16 if half else torch.float32)
+    wanted, (free, _) = needed.bytes(config.batch_size), device_bytes(device)
+    if TOLERANCE * wanted > free:
+        raise ConfigError(
+            f"about {wanted / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free: "
+            + _advice(config, fitting(config.sequences, config.batch_size, needed, free))
+        )
+
+
+@contextlib.contextmanager
+def advised(
+    config: TrainConfig, model: GPTConfig, device: torch.device, dtype: torch.dtype, command: str
+) -> Iterator[None]:
+    """Running out of memory inside becomes one line with a batch size that fits.
+
+    Args:
+        command: how to go on, but for the batch size.
+    Raises: RunError.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        needed, (_, total) = need(config, model, device.type, dtype), device_bytes(device)
+        # What did not fit did not, whatever the estimate says: at most half of it.
+        size = fitting(config.sequences, config.batch_size // 2, needed, total)
+        raise RunError(
+            f"out of memory with batch_size {config.batch_size}: {_advice(config, size)}; "
+            f"to go on, add that to: {command}"
+        ) from error
+
+
+def _advice(config: TrainConfig, batch_size: int | None) -> str:
+    if batch_size is None:
+        return (
+            "not even one sequence at a time fits; give a smaller --n_layer, --n_embd or "
+            "--block_size"
+        )
+    return (
+        f"give --batch_size {batch_size} --gradient_accumulation_steps "
+        f"{config.sequences // batch_size}: the same {config.sequences} sequences a step, with "
+        "the same masks and result"
+    )
