@@ -393,3 +393,14 @@ def test_spills_are_stated_exceptions_of_attention():
     spilling = {(case, kernel) for (_, case, kernel, _), b in BUDGETS.items() if b.spills}
     kernels = "_attention_dq_kernel", "_attention_dkdv_kernel"
     assert spilling == {("B64-T256-H6-D85-bf16-p0.2", kernel) for kernel in kernels}
+
+
+def test_measured_times_are_those_of_the_gpu_kernel_and_case(tmp_path):
+    times = [
+        {"gpu": "H200", "kernel": "_forward_kernel", "case": "M16384-C384-bf16", "us": 7.5},
+        {"gpu": "H100", "kernel": "_forward_kernel", "case": "M16384-C384-bf16", "us": 9.0},
+    ]
+    (tmp_path / "h.json").write_text(json.dumps({"kernel_times": times}))
+    (tmp_path / "other.json").write_text("[]")
+    found = codegen.measurements(tmp_path)
+    assert found == {(t["gpu"], t["kernel"], t["case"]): t["us"] for t in times}
