@@ -157,8 +157,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {**_FAST_CPU, "max_iters": 1600, "eval_interval": 800},
     "speedrun-cpu": {  # to nanoGPT's loss after its 2,000 steps on a CPU
         **_FAST_CPU,
-        "max_iters": 740,
-        "eval_interval": 740,
+        "max_iters": 800,
+        "eval_interval": 800,
         "sample_tokens": 0,
     },
 }
