@@ -1,9 +1,11 @@
 """The machine a run is on: device, precision, how fast it multiplies, how much memory went."""
 
 import ctypes
+import math
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -47,6 +49,62 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 2**31 - 1))
 
 
+def limit_threads() -> None:
+    """Let torch use no more threads than `core_count`, unless OMP_NUM_THREADS says how many.
+
+    By default there is one for each hyperthread, whatever a container's quota is: two on one core
+    wait for each other at the end of every op, and a quota stops all of them at once.
+    """
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(min(torch.get_num_threads(), core_count()))
+
+
+def core_count(root: Path = Path("/")) -> int:
+    """Cores this process may use: those of its affinity, hyperthreads once, up to its quota.
+
+    Args:
+        root: of the file system that says so.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
+        return os.cpu_count() or 1
+    folder = root / "sys/devices/system/cpu"
+    cores = {
+        _words(folder / f"cpu{cpu}/topology/thread_siblings_list") or cpu
+        for cpu in os.sched_getaffinity(0)
+    }
+    return max(1, int(min(len(cores), _cpu_quota(root))))
+
+
+def _cpu_quota(root: Path) -> float:
+    """CPUs that the control groups of this process allow it; infinite where none says.
+
+    Version 2 says "quota period" in cpu.max, version 1 has a file for each; every group above
+    counts too.
+    """
+    least, mount = math.inf, root / "sys/fs/cgroup"
+    for line in _words(root / "proc/self/cgroup"):
+        number, controllers, path = line.split(":", 2)
+        version2 = number == "0" and not controllers
+        if not version2 and "cpu" not in controllers.split(","):
+            continue
+        top = mount if version2 else mount / "cpu"
+        names = ("cpu.max",) if version2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        own = top / path.lstrip("/")
+        for group in (own, *own.parents)[: len(own.parts) - len(top.parts) + 1]:
+            quota = sum((_words(group / name) for name in names), ())
+            if len(quota) == 2 and quota[0] not in ("max", "-1"):
+                least = min(least, int(quota[0]) / int(quota[1]))
+    return least
+
+
+def _words(path: Path) -> tuple[str, ...]:
+    """The words of a small file, none where there is no such file."""
+    try:
+        return tuple(path.read_text().split())
+    except OSError:
+        return ()
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product, best of a few: what MFU is measured against."""
     n = 8192 if device.type == "cuda" else 1024
@@ -83,4 +141,10 @@ def describe(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    cores, threads = core_count(), torch.get_num_threads()
+    asked = ", as OMP_NUM_THREADS says" if os.environ.get("OMP_NUM_THREADS") else ""
+    return f"CPU, {_many(cores, 'core')}, {_many(threads, 'thread')}{asked}"
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}" + "s" * (count != 1)

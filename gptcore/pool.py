@@ -142,9 +142,9 @@ def _cores() -> int:
     """Threads that all workers together may use."""
     if given := os.environ.get("OMP_NUM_THREADS", ""):
         return int(given) if given.isdigit() else 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    from gptcore.machine import core_count  # with torch, which nothing else here needs
+
+    return core_count()
 
 
 @contextlib.contextmanager

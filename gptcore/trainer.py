@@ -117,6 +117,7 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     device = world.device or machine.pick_device(settings.given.get("device", "auto"))
     if device.type == "cpu":
         machine.keep_freed_memory()
+        machine.limit_threads()
     config, model_fields = settings.merged(device.type)
     preset = settings.resolved_preset(device.type)
     checkpoint = _checkpoint_to_resume(config, world)
