@@ -14,6 +14,7 @@ from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, RunError, TrainConfig
 from gptcore.data import BatchStream
 from gptcore.flags import parse_settings
+from gptcore.guard import Guard
 from gptcore.log import read_metrics
 from gptcore.optim import learning_rate, parameter_groups
 from gptcore.trainer import evaluate, evaluate_exactly, prepare, training_step
@@ -355,3 +356,39 @@ def test_flops_at_the_notebooks_size():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert trainer.flops_per_step(model, 64) == pytest.approx(1.046e12 + 0.058e12, rel=2e-3)
+
+
+def test_losses_are_read_where_lines_are_written_and_nowhere_else(prepared, monkeypatch):
+    """In between nothing asks a loss or the guard for a number: a GPU would be waited for."""
+    run = prepared("--max_iters=24", "--eval_interval=24", "--log_interval=8")
+    loss_read, norms_read = [], []
+    readers = ("item", "tolist", "numpy", "cpu", "__float__", "__bool__", "__format__", "__repr__")
+
+    class Counted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") in readers:
+                loss_read.append(run.step)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    step, look = trainer.training_step, Guard.look
+    monkeypatch.setattr(trainer, "training_step", lambda run: step(run).as_subclass(Counted))
+    monkeypatch.setattr(
+        Guard, "look", lambda self, step: norms_read.append(step) or look(self, step)
+    )
+    trainer._train(run)
+    assert loss_read == [8, 16, 24]
+    assert norms_read == [0, 8, 16, 24]
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu(prepared):
+    run = prepared("--device=cuda")
+    for _ in range(6):  # eager, captured, replayed
+        trainer.training_step(run)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            trainer.training_step(run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
