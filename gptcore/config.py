@@ -21,11 +21,19 @@ CYCLES = ("triangular", "triangular2", "exp_range")
 MODEL_NAMES = ("gpt", "naive", "multihead", "head", "bigram-embedding", "bigram")
 
 
-class ConfigError(ValueError):
+class _OneLine(Exception):
+    """Its message is one line of bearable length, whatever it quotes; the end, the fix, stays."""
+
+    def __str__(self):
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= 2000 else f"{text[:1000]} [...] {text[-500:]}"
+
+
+class ConfigError(_OneLine, ValueError):
     """Input a user can mend; the command lines print it as one line and exit with 2."""
 
 
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """A run that broke; the command lines print it as one line and exit with 1."""
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,17 +217,24 @@ class Log:
         plot_losses(self.path, self.run.folder / "loss.png")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line cut off by a crash is left out."""
+def each_metric(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl, one at a time; a line cut off by a crash is left out."""
     if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and type(record.get("step")) is int and "kind" in record:
-                records.append(record)
-    return records
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                if isinstance(record.get("kind"), str):
+                    yield record
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All of `each_metric`."""
+    return list(each_metric(path))
 
 
 def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
@@ -242,12 +250,13 @@ def plot_losses(metrics: Path, image: Path) -> None:
     """Training and validation loss against steps."""
     from matplotlib.figure import Figure  # slow to import
 
-    records = [record for record in read_metrics(metrics) if record["kind"] == "eval"]
+    names = ("step", "train_loss", "val_loss")
+    points = [[r.get(name) for name in names] for r in each_metric(metrics) if r["kind"] == "eval"]
+    steps, *losses = zip(*points, strict=True) if points else ([], [], [])
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    steps = [record["step"] for record in records]
-    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
-        axes.plot(steps, [record[name] for record in records], marker=".", label=label)
+    for values, label in zip(losses, ("training", "validation"), strict=True):
+        axes.plot(steps, values, marker=".", label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -66,12 +66,13 @@ def test_memory_is_flat(text_file, tmp_path, minutes):
     settled = [sample for sample in samples if sample[0] > 0.25 * 60 * minutes]
     growth = slope([(seconds, held) for seconds, held, _ in settled])
     files = [count for _, _, count in settled]
+    fifths = [samples[len(samples) * fifth // 5 - 1][1] / 1e6 for fifth in range(1, 6)]
     records = read_metrics(folder / "metrics.jsonl")
     evaluations = sum(record["kind"] == "eval" for record in records)
     print(
         f"\n{minutes} minutes, {records[-1]['step']} steps, {evaluations} evaluations and samples, "
-        f"{records[-1]['step'] // 10} checkpoints: {settled[-1][1] / 1e6:.1f} MB resident, "
-        f"slope {growth / 1e3:+.2f} kB a minute; open files {min(files)} to {max(files)}"
+        f"{records[-1]['step'] // 10} checkpoints: resident after each fifth "
+        f"{' '.join(f'{held:.1f}' for held in fifths)} MB, slope {growth / 1e3:+.2f} kB a minute; open files {min(files)} to {max(files)}"
     )
     assert evaluations > 3
     # The writer has at most a file and a folder open, the log one.
