@@ -53,7 +53,7 @@ def rotary_reference(qkv, table, *, normalize=False):
 
 def _pairs(x):
     """x (..., D) as complex numbers (..., D // 2), a view."""
-    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+    return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2))
 
 
 def turn_(x, table, normalize):

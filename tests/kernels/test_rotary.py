@@ -10,6 +10,7 @@ from kernels.verify import compare
 BACKENDS = ("eager", "triton")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CASES = {
+    "B0-T4-H2-D8": (0, 4, 2, 8),
     "B2-T65-H3-D64": (2, 65, 3, 64),
     "B1-T1-H1-D2": (1, 1, 1, 2),
     "B3-T31-H2-D86": (3, 31, 2, 86),
