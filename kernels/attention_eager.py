@@ -99,7 +99,8 @@ class SmallAttention(torch.autograd.Function):
     def forward(ctx, qkv, table, normalize, scale, factor):
         """qkv (B, T, 3, H, D); factor (B * H, T, T), 0 or dropout's scale, or None: o like v."""
         B, T, _, H, D = qkv.shape
-        heads = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, T, D)
+        # A clone, never qkv itself, which a single token's heads would be: they turn in place.
+        heads = qkv.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
         rstd = None
         if table is not None:
             rstd = rotary.turn_(heads[:2], table, normalize)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import rotary_qkv, rotary_table
+from kernels import causal_attention_qkv, rotary_qkv, rotary_table
 from kernels.rotary import rotary_reference
 from kernels.verify import compare
 
@@ -57,6 +57,20 @@ def test_strided_input_and_repetition(backend):
     table = rotary_table(7, 8)
     y = rotary_qkv(qkv, table, normalize=True, backend=backend)
     assert torch.equal(y, rotary_qkv(qkv.contiguous(), table, normalize=True, backend=backend))
+
+
+@pytest.mark.parametrize("shape", ((0, 5), (1, 1), (2, 7)), ids=str)
+def test_attention_turns_first_and_leaves_its_input_alone(shape):
+    B, T = shape
+    qkv = torch.randn(B, T, 3, 2, 8, requires_grad=True)
+    before, table = qkv.detach().clone(), rotary_table(T, 8)
+    both = causal_attention_qkv(qkv, angles=table, normalize=True)
+    (actual,) = torch.autograd.grad(both.square().sum(), qkv)
+    apart = causal_attention_qkv(rotary_qkv(qkv, table, normalize=True))
+    (expected,) = torch.autograd.grad(apart.square().sum(), qkv)
+    assert torch.equal(qkv, before)
+    torch.testing.assert_close(both, apart)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_scores_depend_on_distance_alone():
