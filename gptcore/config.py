@@ -253,6 +253,11 @@ class TrainConfig:
         "between the processes of torchrun: ddp or fsdp; auto: ddp",
         choices=("auto", "ddp", "fsdp"),
     )
+    profile: bool = _option(
+        False,
+        "after some steps print where a step's time goes and the least it could take, draw "
+        "roofline.png into the run folder, and train on",
+    )
     log: str = _option(
         "none", "metrics also to tensorboard or wandb", choices=("none", "tensorboard", "wandb")
     )

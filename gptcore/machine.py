@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -109,14 +110,26 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product, best of a few: what MFU is measured against."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best = float("inf")
+    return 2 * n**3 / _least_seconds(device, lambda: a @ a)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s read and written by a copy past the caches, best of a few."""
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _least_seconds(device, lambda: target.copy_(source))
+
+
+def _least_seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """Seconds of the fastest of six calls."""
+    best = math.inf
     for _ in range(6):
         synchronize(device)
         start = time.perf_counter()
-        a @ a
+        call()
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return best
 
 
 def synchronize(device: torch.device) -> None:

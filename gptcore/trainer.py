@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gptcore import distributed, finetune, machine, memory
+from gptcore import distributed, finetune, machine, memory, profiling
 from gptcore.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -180,6 +180,8 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     if checkpoint is not None:
         progress = checkpoint.progress
         checkpoint.load_optimizer(model, optimizer)
+    if config.profile:
+        profiling.first_step(config, progress.step, world)
     folder = world.from_rank_0(lambda: _make_folder(config, preset))
     config = config.replace(out_dir=str(folder), resume=False, parallel="auto")
     run = Run(
@@ -269,6 +271,7 @@ def _resumed_settings(
             f"--resume: {checkpoint.folder} was started with --preset {started_from}, "
             f"not {settings.preset}; leave --preset out"
         )
+    train = {"profile": False, **train}  # once is enough
     return checkpoint.train.replace(**train), {**dataclasses.asdict(checkpoint.model), **model}
 
 
@@ -403,7 +406,15 @@ def _train(run: Run) -> Path:
     advised = memory.advised(
         config, run.model.config, run.device, run.update.dtype, resume_command(run)
     )
-    with advised, _disk_errors(run), _stop_on_signals(run), run.writer, log.progress_bar():
+    watching = contextlib.closing(profiling.watch(run, log, rate))
+    with (
+        advised,
+        _disk_errors(run),
+        _stop_on_signals(run),
+        run.writer,
+        log.progress_bar(),
+        watching as profile,
+    ):
         while True:
             names = ["last"]
             due = run.step % config.eval_interval == 0 or run.step >= config.max_iters
@@ -433,6 +444,7 @@ def _train(run: Run) -> Path:
             loss = training_step(run)
             run.writer.check()
             log.stepped(loss)
+            next(profile, None)
         run.writer.wait()
         log.plot()
     if run.evaluated_step < config.max_iters:

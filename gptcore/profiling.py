@@ -1,0 +1,207 @@
+"""--profile: where the time of a training step goes, beside the least it could take.
+
+A dozen or so steps of the run are timed, as many are traced by torch.profiler, and training goes
+on. Every microsecond of the traced steps belongs to one kind of work, so that the kinds add up to
+the wall clock: on a CPU by the op that the main thread is in, on a GPU by the kernel that runs,
+which is also what a replayed CUDA graph shows; what is left are the gaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, record_function
+from tqdm import tqdm
+
+from gptcore import machine
+from gptcore.config import ConfigError, TrainConfig
+from gptcore.distributed import World
+from gptcore.roofline import (
+    ATTENTION,
+    DATA,
+    GAPS,
+    KINDS,
+    OPTIMIZER,
+    OTHER,
+    PRODUCTS,
+    Profile,
+    work_of,
+)
+from kernels import rng
+
+if TYPE_CHECKING:
+    from gptcore.log import Log
+    from gptcore.trainer import Run
+
+WARM_UP, TIMED, TRACED = 8, 12, 12  # steps: lazy initialisation and graph capture come first
+
+_PRODUCT_OPS = frozenset(
+    f"aten::{name}"
+    for name in "mm addmm addmm_ bmm baddbmm baddbmm_ addmv mv dot _addmm_activation".split()
+)
+# These look at or pass on tensors; what they take themselves is dispatch.
+_DISPATCH_OPS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "alias as_strided chunk clone contiguous detach empty empty_like empty_strided expand "
+        "flatten layer_norm lift_fresh linear matmul narrow new_empty permute reshape resize_ "
+        "resolve_conj resolve_neg select set_ slice split squeeze t to _to_copy transpose unbind "
+        "unflatten unfold unsqueeze _unsafe_view view"
+    ).split()
+)
+_KERNELS = (  # names of GPU kernels, cuBLAS's and hipBLASLt's among them
+    (ATTENTION, "attention|flash|fmha"),
+    (PRODUCTS, "gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|cijk|linear_act_kernel|triton_tem"),
+    (OPTIMIZER, "multi_tensor_apply|adam|lpnorm"),
+    (DATA, "memcpy htod"),
+)
+
+
+def first_step(config: TrainConfig, step: int, world: World) -> int:
+    """After which step of a run that starts at `step` to begin: nothing else may come between.
+
+    Raises: ConfigError where there is no such step, or several processes train.
+    """
+    if world.parallel:
+        raise ConfigError("--profile watches one process; leave torchrun or --profile out")
+    count = TIMED + TRACED
+    intervals = config.eval_interval, config.checkpoint_interval or config.eval_interval
+    for first in range(step + WARM_UP, config.max_iters - count + 1):
+        if all(at % interval for at in range(first, first + count) for interval in intervals):
+            return first
+    raise ConfigError(
+        f"--profile needs {WARM_UP} steps and then {count} without an evaluation or a checkpoint; "
+        f"got steps {step} to {config.max_iters}, eval_interval {intervals[0]}, "
+        f"checkpoint_interval {intervals[1]}"
+    )
+
+
+def watch(run: Run, log: Log, matmul_rate: float) -> Iterator[None]:
+    """To be advanced after every step; prints the profile and draws roofline.png when it has one.
+
+    Does nothing without --profile. Closing it early ends what was begun.
+    """
+    if not run.config.profile:
+        return
+    copy_rate = machine.copy_rate(run.device)
+    activity = ProfilerActivity.CUDA if run.device.type == "cuda" else ProfilerActivity.CPU
+
+    def steps(count: int) -> Iterator[None]:
+        """Seconds of each of the next `count` steps."""
+        machine.synchronize(run.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            yield
+        machine.synchronize(run.device)
+        return (time.perf_counter() - start) / count
+
+    for _ in range(first_step(run.config, run.step - 1, run.world) - run.step):
+        yield
+    timed_s = yield from steps(TIMED)
+    with _labelled(run.update), torch.profiler.profile(activities=[activity]) as trace:
+        traced_s = yield from steps(TRACED)
+    by_kind = of_gpu if run.device.type == "cuda" else of_cpu
+    seconds = {kind: total / TRACED for kind, total in by_kind(trace.events()).items()}
+    profile = Profile(
+        seconds=seconds | {GAPS: traced_s - sum(seconds.values()) + seconds[GAPS]},
+        work=work_of(run.model, run.config, run.update.dtype),
+        traced_s=traced_s,
+        timed_s=timed_s,
+        tokens=run.config.sequences * run.model.config.block_size,
+        matmul_rate=matmul_rate,
+        copy_rate=copy_rate,
+    )
+    image = run.folder / "roofline.png"
+    profile.plot(image)
+    tqdm.write(f"{profile.table()}\n  {image}")
+    log.restart_clock()
+
+
+@contextlib.contextmanager
+def _labelled(update) -> Iterator[None]:
+    """Mark in the trace, on the host, what no name of an op gives away."""
+    marks = (
+        (update, "_batch", DATA),
+        (update, "_fetch", DATA),
+        (update.guard, "inspect", OPTIMIZER),
+        (rng, "_keep_numpy", OTHER),  # dropout masks: no op of torch's
+    )
+    before = [vars(owner).get(name) for owner, name, _ in marks]
+    for owner, name, kind in marks:
+        setattr(owner, name, record_function(kind)(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(marks, before, strict=True):
+            if function is None:
+                delattr(owner, name)  # a method of its class again
+            else:
+                setattr(owner, name, function)
+
+
+def of_cpu(events: Iterable) -> dict[str, float]:
+    """Seconds by kind of the ops that the thread of the optimizer was in, each its own time.
+
+    Whatever happens in attention, the optimizer or a marked range is theirs.
+    """
+    events = list(events)
+    thread = next(event.thread for event in events if event.name.startswith("Optimizer.step"))
+    seconds = dict.fromkeys(KINDS, 0.0)
+    pending = [(e, None) for e in events if e.thread == thread and e.cpu_parent is None]
+    while pending:
+        event, inside = pending.pop()
+        inside = inside or _range_kind(event.name)
+        seconds[inside or _op_kind(event.name)] += event.self_cpu_time_total / 1e6
+        pending += [(child, inside) for child in event.cpu_children]
+    return seconds
+
+
+def _range_kind(name: str) -> str | None:
+    """The kind of all that happens within a range of this name."""
+    if name in KINDS:
+        return name
+    if name.startswith("Optimizer."):
+        return OPTIMIZER
+    return ATTENTION if "attention" in name.lower() else None
+
+
+def _op_kind(name: str) -> str:
+    """The kind of an op's own time; autograd's ranges take time for Python and dispatch alone."""
+    if name in _PRODUCT_OPS:
+        return PRODUCTS
+    computes = name.startswith(("aten::", "kernels::")) or "Compiled" in name
+    return OTHER if computes and name not in _DISPATCH_OPS else GAPS
+
+
+def of_gpu(events: Iterable) -> dict[str, float]:
+    """Seconds by kind in which the GPU ran a kernel, each counted once where several overlap.
+
+    Small kernels between the optimizer and the next embedding or product draw the batch; those
+    between two kernels of the optimizer clip the gradient.
+    """
+    seconds = dict.fromkeys(KINDS, 0.0)
+    kernels = [
+        (event.time_range.start, event.time_range.end, event.name.lower())
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    busy_until, between = 0.0, None  # between: seconds since the optimizer, if it came last
+    for start, end, name in sorted(kernels):
+        kind = next((kind for kind, names in _KERNELS if re.search(names, name)), OTHER)
+        took = max(0.0, end - max(start, busy_until)) / 1e6
+        busy_until = max(busy_until, end)
+        if between is not None and kind == OTHER and "embed" not in name:
+            between += took
+            continue
+        if kind != DATA:
+            seconds[OPTIMIZER if kind == OPTIMIZER else DATA] += between or 0.0
+            between = 0.0 if kind == OPTIMIZER else None
+        seconds[kind] += took
+    seconds[DATA] += between or 0.0
+    return seconds
