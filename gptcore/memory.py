@@ -108,8 +108,13 @@ def device_bytes(device: torch.device) -> tuple[float, float]:
 
 def fitting(sequences: int, most: int, needed: Need, free: float) -> int | None:
     """The largest batch size up to `most` that divides a step's sequences and fits; None: none."""
+    room = free - needed.fixed_bytes
+    if room < needed.sequence_bytes:
+        return None
+    if math.isfinite(room):  # not one by one from whatever was asked for
+        most = min(most, int(room // needed.sequence_bytes))
     for size in range(min(most, sequences), 0, -1):
-        if sequences % size == 0 and needed.bytes(size) <= free:
+        if sequences % size == 0:
             return size
     return None
 
