@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from gptcore import trainer
 from gptcore.checkpoint import checkpoint_folders, open_checkpoint
 from gptcore.config import ConfigError
+from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -158,3 +161,38 @@ def test_told_to_stop_it_saves_within_a_step(runs, whole, tmp_path, number):
 def last_logged(folder) -> int:
     """The newest step in metrics.jsonl."""
     return max((record["step"] for record in read_metrics(folder / "metrics.jsonl")), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [["--preset=cpu"], ["--preset=notebook", "--batch_size=4"]], ids=["cpu", "notebook"]
+)
+def test_what_a_checkpoint_costs(text_file, tmp_path, flags):
+    """Steps with and without a save in them, in turns: medians of how long they take."""
+    out = [f"--data={text_file}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
+    run = trainer.prepare(parse_settings([*flags, *out]))
+    trainer.training_step(run)
+    kinds = ("step", "copy", "step while written", "written after", "at once")
+    times = {kind: [] for kind in kinds}
+
+    def timed(kind, call, *args):
+        start = time.perf_counter()
+        call(*args)
+        times[kind].append(1e3 * (time.perf_counter() - start))
+
+    trainer.save(run, "last")  # makes the buffers
+    run.writer.wait()
+    for _ in range(8):
+        timed("step", trainer.training_step, run)
+        timed("copy", trainer.save, run, "last")
+        timed("step while written", trainer.training_step, run)
+        timed("written after", run.writer.wait)
+        timed("at once", lambda: (trainer.save(run, "last"), run.writer.wait()))
+    ms = {kind: statistics.median(values) for kind, values in times.items()}
+    size = sum(path.stat().st_size for path in (run.folder / "last").iterdir()) / 1e6
+    cost = ms["copy"] + ms["step while written"] - ms["step"]
+    print(
+        f"\n{flags}: {size:.1f} MB; step {ms['step']:.1f} ms, with a save in it {cost:.1f} more "
+        f"({ms['copy']:.1f} of them to copy); at once it would be {ms['at once']:.1f} more"
+    )
+    assert ms["copy"] < ms["at once"] / 2
