@@ -45,6 +45,7 @@ FILES = (
     "config.json",
     "tokenizer.json",
 )
+BUFFER_BYTES = 1 << 28  # of a model, what no file vouches for: rotary angles, the naive masks
 
 
 @dataclass(frozen=True)
@@ -283,18 +284,24 @@ def _check_shapes(folder: Path, name: str, config: GPTConfig) -> None:
             model = build_model(name, config)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
         raise ConfigError(f"{folder}: config.json asks for an impossible model") from error
-    check_fit(folder, found, {n: tuple(w.shape) for n, w in named_weights(model).items()})
+    weights = named_weights(model)
+    check_fit(folder, found, {n: tuple(w.shape) for n, w in weights.items()})
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    if buffers > max(BUFFER_BYTES, 16 * sum(weight.nbytes for weight in weights.values())):
+        raise ConfigError(
+            f"{folder}: config.json asks for {buffers:,} bytes beside the weights; got block_size "
+            f"{config.block_size}"
+        )
 
 
 def _way_on(folder: Path) -> str:
     """What to do about a checkpoint that cannot be read."""
     name = folder.name.removesuffix(".old")
-    for other in (f"{name}.old", "last", "best"):
-        if other != folder.name and (folder.with_name(other) / "manifest.json").is_file():
-            return (
-                f"to go on from {folder.with_name(other)}, set this one aside: "
-                f"mv {folder} {folder}.damaged"
-            )
+    for other in map(folder.with_name, (f"{name}.old", "last", "best")):
+        with contextlib.suppress(ConfigError):  # damaged as well
+            if other != folder:
+                _verify(other)
+                return f"to go on from {other}, set this one aside: mv {folder} {folder}.damaged"
     return "copy it again from where it came"
 
 
@@ -359,12 +366,12 @@ class CheckpointWriter:
         Raises: RunError if the save before could not be written.
         """
         self.wait()
+        originals = [*content.weights.values(), *content.optimizer.values()]
         weights = self._copy("weights", content.weights)
         optimizer = self._copy("optimizer", content.optimizer)
         content = dataclasses.replace(content, weights=weights, optimizer=optimizer)
-        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
-        if copied is not None:
-            copied.record()
+        devices = {tensor.device for tensor in originals if tensor.is_cuda}
+        copied = [torch.cuda.current_stream(device).record_event() for device in devices]
         self._thread = threading.Thread(
             target=self._write, args=(list(folders), content, copied), name="checkpoint"
         )
@@ -410,8 +417,8 @@ class CheckpointWriter:
 
     def _write(self, folders: list[Path], content: Content, copied) -> None:
         try:
-            if copied is not None:
-                copied.synchronize()
+            for event in copied:
+                event.synchronize()
             for folder in folders:
                 write_checkpoint(folder, content)
         except BaseException as error:  # told to the caller's thread by check()

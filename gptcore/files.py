@@ -5,10 +5,13 @@ ConfigError. Writing: a file is on the disk when its function returns, and its f
 of the bytes that were meant, so that what a disk made of them can be told apart.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ def read_json(path: Path) -> Any:
     Raises: ConfigError if it cannot be read, is no JSON, too large or too deep.
     """
     try:
+        check_regular(path)
         with open(path, encoding="utf-8") as file:
             text = file.read(JSON_BYTES)
         return json.loads(text)
@@ -33,6 +37,29 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: not one of ours: nested too deep") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises: OSError unless `path` is a file that ends: no pipe, which would be waited for, and
+    no device, also where a link leads to one.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all, and on the disk.
+
+    Raises: OSError; what was there before is then untouched.
+    """
+    new = path.with_name(path.name + ".new")
+    try:
+        write_text(new, text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+    os.replace(new, path)
 
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
@@ -61,16 +88,19 @@ def write_bytes(path: Path, pieces: Iterable) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file.
+def fingerprint(path: Path, visit: Callable[[bytes], None] | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of a file, which `visit` sees in chunks of CHUNK_BYTES.
 
     Raises: OSError.
     """
+    check_regular(path)
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            if visit is not None:
+                visit(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

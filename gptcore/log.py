@@ -13,7 +13,6 @@ import contextlib
 import gc
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from gptcore import machine
+from gptcore.files import replace_text
 from gptcore.guard import Watch
 from gptcore.optim import learning_rate
 from gptcore.tasks import Arithmetic
@@ -241,9 +241,7 @@ def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
     """Forget what a run did after the checkpoint it resumes from."""
     last = {"end": -1, "eval": evaluated_step}
     kept = [r for r in read_metrics(path) if r["step"] <= last.get(r["kind"], step)]
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def plot_losses(metrics: Path, image: Path) -> None:

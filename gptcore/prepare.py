@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptcore.config import ConfigError, RunError
-from gptcore.files import read_json
+from gptcore.files import fingerprint, read_json, replace_text
 from gptcore.flags import Parser
 from gptcore.tokenizer import CharacterSet, CharTokenizer, Tokenizer, compact_dtype, from_state
 
@@ -167,18 +167,6 @@ def _check_file(path: Path, recorded: dict[str, Any], check: Callable | None = N
             )
 
 
-def fingerprint(path: Path, visit: Callable[[bytes], None] | None = None) -> dict[str, Any]:
-    """Size and SHA-256 of a file, which `visit` sees block by block."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            size += len(block)
-            if visit is not None:
-                visit(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
 # ---- writing one -----------------------------------------------------------------------------
 
 
@@ -248,14 +236,14 @@ def prepare_folder(
     _encode(folder, state, tokenizer, len(files))
     if [_describe(path) for path in (*files, *val)] != inputs:
         raise RunError(f"a text has changed while it was read; delete {folder} and prepare again")
-    _write(folder / "tokenizer.json", json.dumps(tokenizer.state()))
+    replace_text(folder / "tokenizer.json", json.dumps(tokenizer.state()))
     manifest = {
         **job,
         "vocab_size": tokenizer.vocab_size,
         "dtype": np.dtype(compact_dtype(tokenizer.vocab_size)).name,
         "files": {name: fingerprint(folder / name) for name in (*state["bytes"], "tokenizer.json")},
     }
-    _write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    replace_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     (folder / "progress.json").unlink()
     return manifest
 
@@ -316,9 +304,9 @@ def _collect_characters(folder: Path, state: dict[str, Any]) -> None:
             if bar.n - saved >= SAVE_BYTES:
                 saved = bar.n
                 state["characters"] = str(found)
-                _write(folder / "progress.json", json.dumps(state))
+                replace_text(folder / "progress.json", json.dumps(state))
     state["characters"] = str(found)
-    _write(folder / "progress.json", json.dumps(state))
+    replace_text(folder / "progress.json", json.dumps(state))
 
 
 def _encode(folder: Path, state: dict[str, Any], tokenizer: Tokenizer, train_files: int) -> None:
@@ -328,6 +316,11 @@ def _encode(folder: Path, state: dict[str, Any], tokenizer: Tokenizer, train_fil
         for name, size in state["bytes"].items():
             (folder / name).touch()
             outs[name] = stack.enter_context(open(folder / name, "r+b"))
+            if outs[name].seek(0, os.SEEK_END) < size:
+                raise ConfigError(
+                    f"{folder / name} is shorter than progress.json says; delete {folder} and "
+                    "prepare the text again"
+                )
             outs[name].truncate(size)  # what was written after the last save is written again
             outs[name].seek(size)
         bar = stack.enter_context(_progress_bar(state["inputs"], state["encoded"], "tokens"))
@@ -338,7 +331,7 @@ def _encode(folder: Path, state: dict[str, Any], tokenizer: Tokenizer, train_fil
                 out.flush()
                 os.fsync(out.fileno())
                 state["bytes"][name] = out.tell()
-            _write(folder / "progress.json", json.dumps(state))
+            replace_text(folder / "progress.json", json.dumps(state))
 
         for text, position in _texts(state["inputs"], state["encoded"], tokenizer.cut):
             name = "tokens.bin" if position[0] < train_files else "val.bin"
@@ -403,13 +396,3 @@ def _progress_bar(inputs: list[dict[str, Any]], position: Sequence[int], what: s
         unit_scale=True,
         dynamic_ncols=True,
     )
-
-
-def _write(path: Path, content: str) -> None:
-    """Whole or not at all, and on the disk."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)

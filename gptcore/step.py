@@ -172,7 +172,8 @@ class Step:
             current.wait_stream(side)
             return loss
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # A checkpoint may be waiting for its copies in another thread: only this one is watched.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = self._update()
         self.graph.replay()  # capturing ran nothing
         return self.loss

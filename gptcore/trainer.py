@@ -34,6 +34,7 @@ from gptcore.checkpoint import (
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.distributed import ALONE, Vote, World, whole
+from gptcore.files import replace_text
 from gptcore.flags import Settings, split_fields
 from gptcore.generation import generate
 from gptcore.guard import LOOK_EVERY
@@ -161,25 +162,35 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     )
     corpus.check_block(model_config.block_size)
 
+    progress = Progress() if checkpoint is None else checkpoint.progress
     torch.manual_seed(config.seed)
-    model = build_model(config.model, model_config)
-    if world.parallel != "fsdp":
-        model.to(device)
-    if origin is not None:
-        print(f"from    {origin.folder}: {finetune.initialise(model, tokenizer, origin)}")
-        if "learning_rate" not in settings.given:
-            print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
-    finetune.freeze(model, config.freeze)
-    if checkpoint is not None:
-        checkpoint.load_weights(model)
-    dtype, dtype_reason = world.from_rank_0(lambda: pick_dtype(model, corpus, config, device))
-    if world.parallel == "fsdp":
-        distributed.fully_shard(model, dtype, world)
-    optimizer = make_optimizer(model, config)
-    progress = Progress()
-    if checkpoint is not None:
-        progress = checkpoint.progress
-        checkpoint.load_optimizer(model, optimizer)
+    with memory.advised(config, model_config, device, torch.float32, "the same command"):
+        model = build_model(config.model, model_config)
+        if world.parallel != "fsdp":
+            model.to(device)
+        if origin is not None:
+            print(f"from    {origin.folder}: {finetune.initialise(model, tokenizer, origin)}")
+            if "learning_rate" not in settings.given:
+                print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
+        finetune.freeze(model, config.freeze)
+        if checkpoint is not None:
+            checkpoint.load_weights(model)
+        dtype, dtype_reason = world.from_rank_0(lambda: pick_dtype(model, corpus, config, device))
+        if world.parallel == "fsdp":
+            distributed.fully_shard(model, dtype, world)
+        optimizer = make_optimizer(model, config)
+        if checkpoint is not None:
+            checkpoint.load_optimizer(model, optimizer)
+        update = Step(
+            model,
+            optimizer,
+            corpus,
+            config,
+            device=device,
+            dtype=dtype,
+            step=progress.step,
+            world=world,
+        )
     if config.profile:
         profiling.first_step(config, progress.step, world)
     folder = world.from_rank_0(lambda: _make_folder(config, preset))
@@ -190,16 +201,7 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         corpus=corpus,
         model=model,
         optimizer=optimizer,
-        update=Step(
-            model,
-            optimizer,
-            corpus,
-            config,
-            device=device,
-            dtype=dtype,
-            step=progress.step,
-            world=world,
-        ),
+        update=update,
         device=device,
         world=world,
         dtype_reason=dtype_reason,
@@ -224,7 +226,7 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     if world.rank:
         return run
     with _disk_errors(run):
-        (run.folder / "config.json").write_text(run.config_json, encoding="utf-8")
+        replace_text(run.folder / "config.json", run.config_json)
         step = -1 if checkpoint is None else run.step
         trim_metrics(run.folder / "metrics.jsonl", step, run.evaluated_step)
     return run
@@ -236,7 +238,9 @@ def _checkpoint_to_resume(config: TrainConfig, world: World) -> Checkpoint | Non
     if not config.resume:
         if world.rank:  # rank 0 may have made it by now
             return None
-        if folder is not None and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        if folder is not None and folder.is_file():
+            raise ConfigError(f"--out_dir {folder}: a file, not a folder; give another")
+        if folder is not None and folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(
                 f"run folder {folder} exists; add --resume to go on with it, or give another "
                 "--out_dir"

@@ -12,6 +12,7 @@ exit codes.
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ import torch.distributed.fsdp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from gptcore import distributed, log, machine, step, trainer
+from gptcore import distributed, log, machine, model, step, trainer
 from kernels import attention_eager, layer_norm, rng
 
 DEADLINE_S = 300  # generous: the machine may be shared
@@ -153,7 +154,12 @@ def watch(seen: dict) -> None:
         try:
             return train_(run)
         finally:
-            seen["step"] = run.step
+            seen["step"], seen["rolled_back"] = run.step, run.rolled_back
+            seen["learning_rate"] = run.config.learning_rate
+            state = run.optimizer.state.values()
+            seen["updates"] = {int(slots["step"].item()) for slots in state}
+            if run.world.parallel != "fsdp":
+                seen["weights"] = [p.detach().clone() for p in run.model.parameters()]
 
     trainer._train = train_and_note
 
@@ -229,12 +235,54 @@ def clipped_locally():
 
 
 @damaged
+def judged_locally():
+    """As if every rank looked at its own part of the gradient alone."""
+    real = torch.nn.utils.get_total_norm
+
+    def local(gradients):
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+        return real([g for g in gradients if g.numel()])
+
+    torch.nn.utils.get_total_norm = local
+    infinite_once(0)
+
+
+@damaged
 def evaluation_not_summed():
     """Every rank believes its own part of the evaluation."""
     real = trainer.evaluate
     trainer.evaluate = lambda model, batches, world: real(
         model, (batch for batch, counts in world.shard(batches) if counts)
     )
+
+
+def infinite_once(number: int) -> None:
+    """On the last rank, one row of both embeddings gets an infinite gradient in update `number`.
+
+    The loss stays what it is, and so do the other gradients: all in the shard of a rank of two,
+    as both rows are in the same half of their table.
+    """
+    if int(os.environ.get("RANK", 0)) + 1 < int(os.environ.get("WORLD_SIZE", 1)):
+        return
+    real_step, real_embed, due = trainer.training_step, model.embed, []
+
+    def training_step(run):
+        if run.step == number and not run.rolled_back:
+            due.append(True)
+        return real_step(run)
+
+    def embed(idx, weight, positions, **options):
+        x = real_embed(idx, weight, positions, **options)
+        if due and x.requires_grad:
+            due.clear()
+            upper = 2 * idx[0] >= len(weight), 2 * torch.arange(idx.shape[1]) >= len(positions)
+            row = int((upper[0] == upper[1]).nonzero()[0])
+            infinite = torch.zeros(x.shape)
+            infinite[0, row, 0] = math.inf
+            x.register_hook(lambda gradient: gradient + infinite)
+        return x
+
+    trainer.training_step, model.embed = training_step, embed
 
 
 def at_step(number: int, act, only: int):
@@ -265,6 +313,9 @@ DAMAGES = {
     "never synchronised": never_synchronised,
     "always synchronised": synchronised_always,
     "clipped locally": clipped_locally,
+    "judged locally": judged_locally,
+    "infinite gradient": lambda rank: infinite_once(3),
+    "infinite gradient at first": lambda rank: infinite_once(0),
     "evaluation not summed": evaluation_not_summed,
     "SIGTERM to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGTERM), 1),
     "SIGKILL to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGKILL), 1),

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import threading
 
@@ -308,6 +309,14 @@ def test_damage_is_named_and_the_way_on_works(folder, name, damage):
     assert folder.with_name("last.damaged").is_dir()  # nothing is overwritten
 
 
+def test_no_other_damaged_one_is_offered(folder):
+    shutil.copytree(folder, folder.with_name("best"))
+    for name, way_on in (("last", "to go on from .*best"), ("best", "copy it again")):
+        (folder.with_name(name) / "state.json").write_text("{}")
+        with pytest.raises(ConfigError, match=f"last: state.json is damaged .*; {way_on}"):
+            open_checkpoint(folder)
+
+
 def test_foreign_folders(tmp_path):
     with pytest.raises(ConfigError, match="no such run folder"):
         open_checkpoint(tmp_path / "none")
@@ -337,6 +346,10 @@ def exchange(folder, name, change):
 
 def config_with(**fields):
     return lambda content: {**content, "model": {**content["model"], **fields}}
+
+
+def train_with(**fields):
+    return lambda content: {**content, "train": {**content["train"], **fields}}
 
 
 IMPOSSIBLE = 10**9
@@ -412,6 +425,34 @@ def test_a_header_that_claims_terabytes(folder):
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     refingerprint(folder)
     with pytest.raises(ConfigError, match="model.safetensors: damaged"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_without_an_end(folder, name, kind):
+    """As an archive may hold them: it would be waited for, or read for ever."""
+    (folder / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    signal.alarm(60)  # ends the tests if it is
+    with pytest.raises(ConfigError, match="not a regular file|not a checkpoint|no checkpoint"):
+        open_checkpoint(folder)
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("name", ["gpt", "naive"])
+def test_what_the_weights_say_nothing_about_is_bounded(folder, name):
+    """Positions of rotary angles, and the masks of the naive model: few weights, many bytes."""
+    shape = SHAPE.replace(position="rotary", block_size=64)
+    save(folder, build_model(name, shape), shape)
+    if name == "naive":
+        exchange(folder, "config.json", train_with(model="naive"))
+    assert open_checkpoint(folder).model.block_size == 64
+    exchange(folder, "config.json", config_with(block_size=10**9))
+    with pytest.raises(ConfigError, match="bytes beside the weights; got block_size 1000000000"):
         open_checkpoint(folder)
 
 

@@ -86,6 +86,9 @@ def test_an_existing_run_folder_is_kept(train_main, tiny_flags, trained_run, tmp
     before = (trained_run / "metrics.jsonl").read_text()
     flags = [*tiny_flags, f"--out_dir={trained_run}"]
     fails(capsys, train_main, flags, "exists; add --resume to go on with it")
+    (tmp_path / "file").touch()
+    flags = [*tiny_flags, f"--out_dir={tmp_path / 'file'}"]
+    fails(capsys, train_main, flags, "a file, not a folder; give another")
     assert (trained_run / "metrics.jsonl").read_text() == before
     (tmp_path / "letter.txt").write_text("mine")
     flags = [*tiny_flags, f"--out_dir={tmp_path}", "--resume"]

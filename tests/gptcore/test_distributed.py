@@ -74,6 +74,14 @@ OTHERS = {
     "SIGKILL to rank 1": (2, "ddp", []),
     "exception on rank 1": (2, "fsdp", []),
 }
+# --on_nonfinite, with an infinite gradient on the last rank alone
+POLICIES = {
+    "skip": ("infinite gradient at first", ["--on_nonfinite=skip", "--grad_clip=0"]),
+    "skip, clipped": ("infinite gradient", ["--on_nonfinite=skip"]),
+    "rollback": ("infinite gradient", ["--on_nonfinite=rollback"]),
+    "stop": ("infinite gradient", ["--on_nonfinite=stop"]),
+}
+WORLDS = {"alone": (0, "auto"), "ddp of 2": (2, "ddp"), "fsdp of 2": (2, "fsdp")}
 RESUMED = [("alone", "fsdp of 2"), ("fsdp of 2", "sums, ddp of 3"), ("ddp of 2", "alone")]
 
 
@@ -106,6 +114,10 @@ def folders(request, tmp_path_factory, text_file) -> dict[str, Path]:
             add(name, *run)
     for name, run in (DAMAGES | OTHERS).items():
         add(name, *run[:3], damage=name)
+    for policy, (damage, flags) in POLICIES.items():
+        for world, run in WORLDS.items():
+            add(f"{policy}: {world}", *run, flags, damage=damage)
+    add("judged locally", 2, "fsdp", POLICIES["skip"][1], damage="judged locally")
     for first, then in RESUMED:
         name = f"{first}, {then}"
         half = scenarios[first]["folder"] + "/half"
@@ -264,6 +276,46 @@ def test_a_checkpoint_is_the_same_whoever_writes_it(folders, name):
 def test_any_number_of_processes_resumes_what_any_other_saved(folders, first, then):
     assert_same_run(folders[f"{first}, {then}"], folders["alone"])
     assert open_checkpoint(folders[first] / "half", "last").progress.step == 2
+
+
+# ---- loss safety -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [world for world in WORLDS if world != "alone"])
+@pytest.mark.parametrize("policy", ["skip", "skip, clipped", "rollback"])
+def test_all_ranks_decide_alike_about_what_one_of_them_met(folders, policy, world):
+    folder, alone = folders[f"{policy}: {world}"], folders[f"{policy}: alone"]
+    assert_same_run(folder, alone)
+    back = policy == "rollback"
+    for rank in range(len(codes(folder))):
+        found, expected = seen(folder, rank), seen(alone, 0)
+        for name in ("step", "rolled_back", "learning_rate", "updates"):
+            assert found[name] == expected[name]
+        assert found["updates"] == {STEPS if back else STEPS - 1}
+        assert found["rolled_back"] == ([2] if back else [])
+        if "ddp" in world:
+            assert all(map(torch.equal, found["weights"], seen(folder, 0)["weights"]))
+    assert weight_difference(alone, folders["alone"]) > 20 * WEIGHT_TOLERANCE
+    records = read_metrics(folder / "run" / "metrics.jsonl")
+    kind = "rollback" if back else "skipped"
+    assert [r["kind"] for r in records].count(kind) == 1
+
+
+def test_the_comparison_of_decisions_sees(folders):
+    """Ranks that judge by their own shards: some skip the update, some do not."""
+    folder = folders["judged locally"]
+    assert [seen(folder, rank)["updates"] for rank in range(2)] != [{STEPS - 1}] * 2
+    with pytest.raises(AssertionError):
+        assert_same_run(folder, folders["skip: alone"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_ranks_stop_with_one_line(folders, world):
+    folder = folders[f"stop: {world}"]
+    assert set(codes(folder)) == {1}
+    assert {seen(folder, rank)["step"] for rank in range(len(codes(folder)))} == {4}
+    assert re.fullmatch(r"error: .* not finite in step 4, .* --resume\n", said(folder))
+    assert open_checkpoint(folder / "run", "last").progress.step == 2
 
 
 # ---- the end ---------------------------------------------------------------------------------

@@ -143,18 +143,22 @@ class Case:
     repair: Any = None  # folder -> None: makes the damage pass the first check
 
 
-def make_checkpoint(folder):
+def make_checkpoint(folder, shape=SHAPE):
     torch.manual_seed(0)
-    model = build_model("gpt", SHAPE)
+    model = build_model("gpt", shape)
     optimizer = make_optimizer(model, TrainConfig())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    config_json = to_json(TrainConfig(), SHAPE, preset="notebook")
+    config_json = to_json(TrainConfig(), shape, preset="notebook")
     optimizer = optimizer_tensors(model, optimizer)
     weights = {name: weight.detach() for name, weight in named_weights(model).items()}
     content = Content(weights, optimizer, Progress(), TOKENIZER, config_json)
     write_checkpoint(folder / "last", content)
+
+
+def make_rotary(folder):
+    make_checkpoint(folder, SHAPE.replace(position="rotary", token_shift=True))
 
 
 def load_checkpoint(folder):
@@ -273,6 +277,7 @@ def load_metrics(folder):
 CASES_OF = {
     "checkpoint": Case(make_checkpoint, load_checkpoint),
     "exchanged": Case(make_checkpoint, load_checkpoint, agree),
+    "exchanged, rotary": Case(make_rotary, load_checkpoint, agree),
     "toml": Case(make_toml, load_toml),
     "text": Case(make_text, load_text),
     "prompt": Case(make_prompt, load_prompt),

@@ -161,6 +161,17 @@ def test_following_the_advice_gives_the_same_run(
         torch.testing.assert_close(runs[1][name], weight, atol=1e-3, rtol=0)
 
 
+def test_also_before_the_first_step(train_main, tiny_flags, tmp_path, monkeypatch, capsys):
+    def too_large(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "make_optimizer", too_large)
+    assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'run'}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory with batch_size 16" in line and advice(line) == [8, 2]
+    assert line.endswith("add that to: the same command") and not (tmp_path / "run").exists()
+
+
 def test_one_sequence_that_does_not_fit(train_main, tiny_flags, tmp_path, monkeypatch, capsys):
     def too_large(run):
         raise torch.OutOfMemoryError("CUDA out of memory.")

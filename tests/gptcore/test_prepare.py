@@ -188,6 +188,17 @@ def test_going_on_reads_only_what_is_left(text, tmp_path, small_blocks, monkeypa
     assert tokens_in(tmp_path / "out") == bytes(tokenizer_for("char", TEXT).encode(TEXT))
 
 
+def test_tokens_that_are_gone_are_not_made_up(text, tmp_path, small_blocks, monkeypatch, capsys):
+    """Going on would fill the gap with zeros, and record their checksum."""
+    folder = tmp_path / "out"
+    interrupted(monkeypatch, text, folder, 50)
+    os.truncate(folder / "tokens.bin", 700)
+    assert main(["prepare", text, f"--out_dir={folder}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"tokens.bin is shorter than progress.json says; delete {folder}" in line
+    assert (folder / "tokens.bin").stat().st_size == 700
+
+
 def test_a_whole_folder_is_left_alone(text, tmp_path, capsys):
     command = ["prepare", text, f"--out_dir={tmp_path / 'out'}"]
     assert main(command) == 0

@@ -1,5 +1,8 @@
 """One update: the same on every path, master weights in float32, and what is never captured."""
 
+import math
+import threading
+
 import pytest
 import torch
 
@@ -142,6 +145,24 @@ def test_a_captured_update_equals_the_eager_one_bit_for_bit(prepared, flags, dty
     assert captured.update.graph is not None
     assert losses[0] == losses[1] and len(set(losses[0])) == 10
     assert all(map(torch.equal, state_of(captured), state_of(eager)))
+
+
+@pytest.mark.gpu
+def test_another_thread_may_wait_for_the_device_during_capture(prepared):
+    """As the one that writes a checkpoint does for its copies."""
+    run = prepared("--device=cuda")
+    done, copied = threading.Event(), torch.cuda.current_stream().record_event()
+
+    def wait():
+        while not done.is_set():
+            copied.synchronize()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    losses = [run.update().item() for _ in range(6)]
+    done.set()
+    thread.join()
+    assert run.update.graph is not None and all(map(math.isfinite, losses))
 
 
 def curves(notebook, corpus, steps, backend="eager", damage=0):
