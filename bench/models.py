@@ -14,7 +14,7 @@ from torch import nn
 
 from bench import peers
 from bench.harness import Options
-from gptcore.config import GPTConfig
+from gptcore.config import GPTConfig, TrainConfig
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
 
@@ -209,6 +209,29 @@ def plain_step(
         optimizer.step()
 
     return step
+
+
+def naive_step(model, train: TrainConfig, batch, options: Options) -> Callable[[], None]:
+    """The naive model's update, as the notebook writes it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate)
+    return plain_step(model, optimizer, batch, torch.float32)
+
+
+def nanogpt_step(model, train: TrainConfig, batch, options: Options) -> Callable[[], None]:
+    """nanoGPT's, as its train.py does it: its own optimizer groups, fused on CUDA only."""
+    with silenced():
+        optimizer = model.configure_optimizers(
+            train.weight_decay,
+            train.learning_rate,
+            (train.beta1, train.beta2),
+            options.device.type,
+        )
+    return plain_step(model, optimizer, batch, options.dtype, grad_clip=train.grad_clip)
+
+
+# Peers that a process of their own can time: how one is built from a GPT, and its step.
+BUILD = {"naive": lambda source, options: naive_of(source), "nanogpt": to_nanogpt}
+STEPS = {"naive": naive_step, "nanogpt": nanogpt_step}
 
 
 def reference_logits(source: GPT, idx: torch.Tensor, dtype: torch.dtype):

@@ -7,8 +7,8 @@ Method
     gptcore runs its trainer's step, batches included; peers get one batch for free. Before that
     the logits of each (dropout off) are held against the naive model in float64, peers in their
     own wiring. nanoGPT's and transformers' models are wired differently (tied head, GELU) and
-    are compared for their size. "naive-process" is the naive model in a plain Python process of
-    its own, so that allocator settings of this one cannot help it.
+    are compared for their size. On a CPU "naive" and "nanogpt" train in plain Python processes of
+    their own, so that what gptcore asks of this one's allocator cannot help them.
 Formula
     FLOPs: 6 a matrix weight and token, plus three times the causal half of attention's products.
     bytes: AdamW's traffic alone, 28 a parameter; activations depend on who computes.
@@ -26,16 +26,16 @@ import torch
 from torch import nn
 
 from bench import models, peers
-from bench.harness import OURS, Case, Check, Contestant, Options, Skip, Work, check_tensors
+from bench.harness import OURS, Case, Check, Contestant, Options, Work, check_tensors
 from bench.timing import SelfTimed
 from bench.work import ADAMW_BYTES, parameters, step_flops
-from bench.worker import Worker
+from bench.worker import worker_of
 from gptcore.config import GPTConfig, TrainConfig
 from gptcore.flags import Settings
 from kernels.rng import make_key
 
 CORPUS_VOCABULARY = 65
-PEERS = ("naive", "naive-process", "eager", *peers.COMPILE_MODES, "transformers", "nanogpt")
+PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", "nanogpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,56 +144,35 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
         wired = bench.wired(models.NANOGPT_WIRING)
         return models.to_nanogpt(wired, options), wired
 
-    def nanogpt_step(model):
-        # As its train.py does it: its own optimizer groups, fused on CUDA only.
-        train = bench.train
-        with models.silenced():
-            optimizer = model.configure_optimizers(
-                train.weight_decay,
-                train.learning_rate,
-                (train.beta1, train.beta2),
-                options.device.type,
-            )
-        return bench.step(model, optimizer)
-
     def transformers():
         wired = bench.wired(models.GPT2_WIRING)
         return models.to_transformers(wired, options).train(), wired
 
+    def stepping(name, wiring):
+        """Times the step of a model: on a CPU of its twin, in a process of its own."""
+
+        def start(model):
+            if options.device.type != "cpu":
+                return models.STEPS[name](model, bench.train, bench.batch, options)
+            worker = worker_of(name)
+            worker.begin(name, source.config.replace(**wiring), bench.train, options)
+            return SelfTimed(worker.step_ms)
+
+        return start
+
     contestants = [
-        peer(
-            "naive",
-            lambda: (models.naive_of(source), source),
-            lambda model: models.plain_step(
-                model,
-                torch.optim.AdamW(model.parameters(), lr=bench.train.learning_rate),
-                bench.batch,
-                torch.float32,
-            ),
-        ),
+        peer("naive", lambda: (models.naive_of(source), source), stepping("naive", {})),
         peer("eager", lambda: (models.batched(source), source), fused),
         *(
             peer(n, lambda: (models.batched(source), source), functools.partial(compiled, m))
             for n, m in peers.COMPILE_MODES.items()
         ),
         peer("transformers", transformers, fused),
-        peer("nanogpt", nanogpt, nanogpt_step),
+        peer("nanogpt", nanogpt, stepping("nanogpt", models.NANOGPT_WIRING)),
     ]
-    if options.device.type == "cpu":
-        contestants.insert(1, _naive_process(source, bench))
     for contestant in contestants:
         if options.wants(contestant.name) and (only is None or contestant.name in only):
             yield contestant
-
-
-def _naive_process(source: models.GPT, bench: _Bench) -> Contestant:
-    def start():
-        if bench.options.quick and bench.options.peers is None:
-            raise Skip("left out by --quick: a process takes seconds to start")
-        return SelfTimed(Worker(source.config, bench.train).step_ms)
-
-    # The same code as "naive", whose check it shares.
-    return Contestant("naive-process", start, lambda: bench.check(models.naive_of(source), source))
 
 
 def sizes(options: Options) -> list[tuple[Size, dict[str, Any]]]:

@@ -1,7 +1,9 @@
-"""The naive model in a process of its own, as somebody running the notebook would have it.
+"""A peer in a process of its own, as somebody running the notebook or nanoGPT would have it.
 
-The parent sends the configuration as one line of JSON, then a line for every step it wants
-timed; the worker answers each with milliseconds. Between steps it sleeps on its input.
+gptcore's trainer has malloc keep freed memory (`gptcore.machine.keep_freed_memory`), for the whole
+process; a peer beside it would profit. The parent sends what to train as one line of JSON, then a
+line for every step it wants timed; the worker answers each with milliseconds. Between steps it
+sleeps on its input.
 """
 
 import contextlib
@@ -11,18 +13,22 @@ import os
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from bench.harness import Options
 from gptcore.config import GPTConfig, TrainConfig
 
 ALLOCATOR_VARIABLES = ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "GLIBC_TUNABLES")
+SETTLE = 3e-3  # seconds; OpenMP's threads look for more work for about one millisecond
 
 
 class Worker:
-    """Parent's side: `step_ms()` has the worker run one step and says how long it took."""
+    """Parent's side: `begin` has the worker build a peer, `step_ms` run one step of it."""
 
-    def __init__(self, config: GPTConfig, train: TrainConfig):
-        import torch
-
+    def __init__(self):
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -35,11 +41,19 @@ class Worker:
             text=True,
             env=environment,
         )
+        self._end = weakref.finalize(self, _end, self._process)
+
+    def begin(self, peer: str, config: GPTConfig, train: TrainConfig, options: Options) -> None:
+        """Build `peer`, one of models.STEPS, of this size and run its first step; forget others."""
+        import torch
+
         self._ask(
             {
+                "peer": peer,
                 "config": dataclasses.asdict(config),
-                "batch_size": train.sequences,
-                "learning_rate": train.learning_rate,
+                "train": dataclasses.asdict(train),
+                "dtype": str(options.dtype).removeprefix("torch."),
+                "nanogpt": options.nanogpt and str(options.nanogpt),
                 "threads": torch.get_num_threads(),
             }
         )
@@ -54,48 +68,71 @@ class Worker:
         return float(answer)
 
     def step_ms(self) -> float:
-        """Milliseconds of one more step."""
-        return self._ask("step")
+        """Milliseconds of one more step, begun and left with no thread of OpenMP still spinning."""
+        time.sleep(SETTLE)
+        ms = self._ask("step")
+        time.sleep(SETTLE)
+        return ms
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        self._end()
 
-    def __del__(self):
-        if hasattr(self, "_process"):
-            self.close()
+
+def _end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    process.stdout.close()
+    process.wait()
+
+
+_workers: dict[str, Worker] = {}
+
+
+def worker_of(peer: str) -> Worker:
+    """The process of `peer`, one for all cases: to start one takes seconds."""
+    if peer not in _workers or not _workers[peer].alive:
+        _workers[peer] = Worker()
+    return _workers[peer]
 
 
 def main() -> None:
     """Worker's side."""
-    import torch
-
-    from gptcore.naive import NaiveGPT
-
-    task = json.loads(sys.stdin.readline())
-    torch.set_num_threads(task["threads"])
-    config = GPTConfig(**task["config"])
-    torch.manual_seed(1337)
-    model = NaiveGPT(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task["learning_rate"])
-    shape = task["batch_size"], config.block_size
-    idx, targets = (torch.randint(config.vocab_size, shape) for _ in range(2))
-
-    def step():
-        _, loss = model(idx, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    step()
-    print(0, flush=True)
-    for _ in sys.stdin:
+    step = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        if message != "step":
+            step = None  # first let go of what it holds
+            step = _begin(message)
         start = time.perf_counter()
         step()
         print((time.perf_counter() - start) * 1e3, flush=True)
+
+
+def _begin(task: dict[str, Any]) -> Callable[[], None]:
+    """The step of the peer that `task` describes."""
+    import torch
+
+    from bench import models
+
+    torch.set_num_threads(task["threads"])
+    options = Options(
+        device=torch.device("cpu"),
+        dtype=getattr(torch, task["dtype"]),
+        seconds=0.0,
+        nanogpt=task["nanogpt"] and Path(task["nanogpt"]),
+    )
+    config, train = GPTConfig(**task["config"]), TrainConfig(**task["train"])
+    torch.manual_seed(train.seed)
+    model = models.BUILD[task["peer"]](models.GPT(config), options)
+    shape = train.sequences, config.block_size
+    batch = tuple(torch.randint(config.vocab_size, shape) for _ in range(2))
+    return models.STEPS[task["peer"]](model, train, batch, options)
 
 
 if __name__ == "__main__":

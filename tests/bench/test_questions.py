@@ -2,11 +2,14 @@
 
 import dataclasses
 import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import memory, models, step, time_to_loss
+from bench import worker as workers
 from bench.__main__ import QUESTIONS
 from bench.conftest import QUESTIONS as PYTEST_QUESTIONS
 from bench.harness import OURS, Options, Skip, distinct, run_case
@@ -75,7 +78,7 @@ def test_a_step_is_checked_and_timed_beside_its_peers():
     case = step.step_case(tiny_step(), options)
     record = run_case(case, options, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
     timed = [result["name"] for result in record["results"] if result["status"] == "timed"]
-    assert timed == [OURS, "naive", "naive-process", "eager"], record["results"]
+    assert timed == [OURS, "naive", "eager"], record["results"]
 
 
 def test_a_step_of_wrong_weights_is_not_timed(monkeypatch):
@@ -93,19 +96,93 @@ def test_a_step_of_wrong_weights_is_not_timed(monkeypatch):
     assert [r["status"] for r in record["results"]] == ["timed", "failed"]
 
 
-def test_a_worker_answers_with_milliseconds_and_ends():
-    worker = Worker(TINY, TrainConfig(batch_size=2))
-    assert worker.step_ms() > 0 and worker.step_ms() > 0
+@pytest.fixture
+def worker():
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+def test_a_worker_answers_with_milliseconds_and_ends(worker):
+    for config in (TINY, TINY.replace(n_layer=2)):
+        worker.begin("naive", config, TrainConfig(batch_size=2), OPTIONS)
+        assert worker.step_ms() > 0 and worker.step_ms() > 0
     worker.close()
     assert worker._process.returncode == 0
 
 
-def test_a_worker_that_died_is_noticed():
-    worker = Worker(TINY, TrainConfig(batch_size=2))
+def test_a_worker_that_died_is_noticed_and_replaced(monkeypatch, worker):
+    monkeypatch.setattr(workers, "_workers", {"naive": worker})
+    assert workers.worker_of("naive") is worker
     worker._process.kill()
     worker._process.wait()
     with pytest.raises(RuntimeError, match="must answer; it ended with -9"):
         worker.step_ms()
+    other = workers.worker_of("naive")
+    assert other is not worker and other.alive
+    other.close()
+
+
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: 0.00M")
+        C = config.n_embd
+        norm = lambda: nn.LayerNorm(C, bias=config.bias)
+        linear = lambda i, o: nn.Linear(i, o, bias=config.bias)
+        block = lambda: nn.ModuleDict(dict(
+            ln_1=norm(), attn=nn.ModuleDict(dict(c_attn=linear(C, 3 * C), c_proj=linear(C, C))),
+            ln_2=norm(), mlp=nn.ModuleDict(dict(c_fc=linear(C, 4 * C), c_proj=linear(4 * C, C)))))
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, C), wpe=nn.Embedding(config.block_size, C),
+            h=nn.ModuleList(block() for _ in range(config.n_layer)), ln_f=norm()))
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("using fused AdamW: False")
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas)
+
+    def forward(self, idx, targets):
+        logits = self.transformer.wte(idx) @ self.transformer.wte.weight.T
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_nanogpt_steps_in_a_process_of_its_own_and_its_words_are_not_answers(tmp_path, worker):
+    """A stand-in with nanoGPT's names that prints where nanoGPT does; it computes less."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    options = dataclasses.replace(OPTIONS, nanogpt=tmp_path)
+    config = TINY.replace(**models.NANOGPT_WIRING)
+    worker.begin("nanogpt", config, TrainConfig(batch_size=2), options)
+    assert worker.step_ms() > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_leaves_malloc_as_it_is(monkeypatch):
+    """Neither the parent's settings nor its environment reach the worker."""
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1")
+    worker = Worker()
+    try:
+        worker.begin("naive", TINY, TrainConfig(batch_size=2), OPTIONS)
+        environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes()
+    finally:
+        worker.close()
+    assert b"MALLOC_" not in environment and b"TUNABLES" not in environment
 
 
 def test_nanogpt_without_a_folder_says_which_flag():
