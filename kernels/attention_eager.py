@@ -19,13 +19,17 @@ from kernels.rng import dropout_keep_mask, dropout_scale
 from kernels.threads import for_each
 
 _BLOCK_QUERIES = 64
-_BLOCK_ELEMENTS = 1 << 18  # probabilities in one block, 1 MB of float32
+# Probabilities in one block, at most: two threads, whose ops begin and end in Python, hold each
+# other up some 10 us an op, so that ops should be longer than what would best fit the L2.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def _chunks(B, H, Tq, Tk):
-    """Slices of batch and heads whose blocks have about _BLOCK_ELEMENTS probabilities."""
-    planes = max(1, _BLOCK_ELEMENTS // (min(_BLOCK_QUERIES, Tq) * Tk))
-    heads, batches = max(1, min(H, planes)), max(1, planes // max(1, H))
+    """Slices of batch and heads, as many for each thread, of up to _BLOCK_ELEMENTS a block."""
+    threads = torch.get_num_threads()
+    rounds = math.ceil(B * H * min(_BLOCK_QUERIES, Tq) * Tk / (threads * _BLOCK_ELEMENTS))
+    planes = math.ceil(B * H / max(1, rounds * threads))
+    heads, batches = max(1, min(H, planes)), max(1, math.ceil(planes / max(1, H)))
     for b in range(0, B, batches):
         for h in range(0, H, heads):
             yield slice(b, min(b + batches, B)), slice(h, min(h + heads, H))
@@ -136,94 +140,101 @@ class SmallAttention(torch.autograd.Function):
 
 
 def _pack(keep):
-    """Eight booleans a byte, on the CPU; numpy does it at memory speed and torch has no such op."""
-    if keep.device.type != "cpu":
-        return keep.flatten()
-    return torch.from_numpy(np.packbits(keep.numpy()))
+    """(planes, R, N) booleans as (planes, bytes), eight a byte; torch has no such op."""
+    keep = keep.flatten(1)
+    return torch.from_numpy(np.packbits(keep.numpy(), axis=1)) if keep.is_cpu else keep
 
 
-def _unpack(packed, shape):
-    """The booleans of `shape` at the front of `packed`, and what follows them."""
-    count = math.prod(shape)
-    if packed.device.type != "cpu":
-        return packed[:count].view(shape), packed[count:]
-    size = -(-count // 8)
-    bits = np.unpackbits(packed[:size].numpy(), count=count)
-    return torch.from_numpy(bits).view(torch.bool).view(shape), packed[size:]
+def _unpack(packed, R, N):
+    """The (planes, R, N) booleans that `_pack` was given."""
+    if packed.is_cpu:
+        packed = torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=R * N))
+    return packed.view(torch.bool).unflatten(1, (R, N))
+
+
+def _packed_sizes(q, k, dropout_p):
+    """What `_pack` makes of one plane, for every block of queries."""
+    group = 8 if q.device.type == "cpu" else 1
+    blocks = _query_blocks(q.shape[2], k.shape[2]) if dropout_p else ()
+    return [-(-(rows.stop - rows.start) * visible // group) for rows, visible in blocks]
+
+
+def saved_like(q, k, dropout_p):
+    """An empty tensor like what `forward` returns, (B, H, elements)."""
+    dtype = torch.uint8 if q.device.type == "cpu" else torch.bool
+    return q.new_empty(*q.shape[:2], sum(_packed_sizes(q, k, dropout_p)), dtype=dtype)
+
+
+def _blocks(q, k, saved, chunk, dropout_p):
+    """(queries, number of keys visible, packed mask) of every block of a chunk."""
+    sizes = _packed_sizes(q, k, dropout_p)
+    blocks = list(_query_blocks(q.shape[2], k.shape[2]))
+    packed = saved[chunk].split(sizes, 2) if sizes else [None] * len(blocks)
+    return [(*block, bits) for block, bits in zip(blocks, packed, strict=True)]
 
 
 def _without_autocast(function):
-    """`function(scratch, piece)` with autocast off: it has chosen its dtypes itself."""
+    """`function(scratch, chunk)` with autocast off: it has chosen its dtypes itself."""
 
     @functools.wraps(function)
-    def call(scratch, piece):
+    def call(scratch, chunk):
         with torch.autocast(scratch.device.type, enabled=False):
-            return function(scratch, piece)
+            return function(scratch, chunk)
 
     return call
 
 
-def _pieces(q, k, packed):
-    """(chunk, what of the packed mask is its own) of every chunk."""
-    chunks = list(_chunks(*q.shape[:3], k.shape[2]))
-    return zip(chunks, packed.split(_packed_sizes(q, k, packed.numel() > 0)), strict=True)
-
-
-def _run(q, pieces, work):
-    """work(scratch, (chunk, packed)) for every piece; on the CPU each thread takes whole ones."""
+def _run(q, k, work):
+    """work(scratch, chunk) for every chunk; on the CPU each thread takes whole ones."""
+    chunks = _chunks(*q.shape[:3], k.shape[2])
     if q.device.type == "cpu":
-        for_each(pieces, work, lambda: _Scratch(q))
+        for_each(chunks, work, lambda: _Scratch(q))
     else:
         scratch = _Scratch(q)
-        for piece in pieces:
-            work(scratch, piece)
+        for chunk in chunks:
+            work(scratch, chunk)
 
 
 def forward(q, k, v, o, key, scale, dropout_p, site):
     """Write o (B, H, Tq, D) and return the packed mask."""
-    H, (Tq, D), Tk = q.shape[1], q.shape[2:], k.shape[2]
+    H, D = q.shape[1], q.shape[3]
     saved = saved_like(q, k, dropout_p)
 
     @_without_autocast
-    def work(scratch, piece):
-        chunk, packed = piece
+    def work(scratch, chunk):
         q_planes = scratch.planes("q", q[chunk], scale)
         k_planes = scratch.planes("k", k[chunk])
         v_planes = scratch.planes("v", v[chunk], dropout_scale(dropout_p))
-        for rows, visible in _query_blocks(Tq, Tk):
+        for rows, visible, packed in _blocks(q, k, saved, chunk, dropout_p):
             p = scratch.probabilities(q_planes[:, rows], k_planes[:, :visible])
             if dropout_p:
                 keep = keep_block(key, site, dropout_p, H, chunk, rows, visible)
-                bits = _pack(keep)
-                packed[: len(bits)], packed = bits, packed[len(bits) :]
+                packed.copy_(_pack(keep).view(packed.shape))
                 p.mul_(scratch.numbers(keep))
             o_rows = o[chunk][:, :, rows]
             out = scratch("o", len(p), o_rows.shape[2], D)
             o_rows.copy_(torch.bmm(p, v_planes[:, :visible], out=out).view(o_rows.shape))
 
-    _run(q, _pieces(q, k, saved), work)
+    _run(q, k, work)
     return saved
 
 
 def backward(do, q, k, v, o, saved, dq, dk, dv, key, scale, dropout_p, site):
     """Write dq, dk, dv, tensors like q, k, v."""
-    Tq, Tk = q.shape[2], k.shape[2]
 
     @_without_autocast
-    def work(scratch, piece):
-        chunk, packed = piece
+    def work(scratch, chunk):
         q_planes = scratch.planes("q", q[chunk], scale)
         k_planes, v_planes = scratch.planes("k", k[chunk]), scratch.planes("v", v[chunk])
         do_planes = scratch.planes("do", do[chunk], dropout_scale(dropout_p))
         dk_planes = scratch("dk", *k_planes.shape).zero_()
         dv_planes = scratch("dv", *v_planes.shape).zero_()
-        for rows, visible in _query_blocks(Tq, Tk):
+        for rows, visible, packed in _blocks(q, k, saved, chunk, dropout_p):
             q_rows, do_rows = q_planes[:, rows], do_planes[:, rows]
             p = scratch.probabilities(q_rows, k_planes[:, :visible])
             dp = torch.bmm(do_rows, v_planes[:, :visible].mT, out=scratch("scores", *p.shape))
             if dropout_p:
-                bits, packed = _unpack(packed, p.shape)
-                keep = scratch.numbers(bits)
+                keep = scratch.numbers(_unpack(packed.flatten(0, 1), *p.shape[1:]))
                 dp.mul_(keep)
             ds = scratch("ds", *p.shape)
             torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=ds)
@@ -237,22 +248,4 @@ def backward(do, q, k, v, o, saved, dq, dk, dv, key, scale, dropout_p, site):
         dk[chunk] = dk_planes.view(dk[chunk].shape)
         dv[chunk] = dv_planes.view(dv[chunk].shape)
 
-    _run(q, _pieces(q, k, saved), work)
-
-
-def _packed_sizes(q, k, dropout):
-    """Elements of the packed mask that each chunk needs."""
-    (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    group = 8 if q.device.type == "cpu" else 1
-    sizes = []
-    for batch, heads in _chunks(B, H, Tq, Tk):
-        planes = (batch.stop - batch.start) * (heads.stop - heads.start)
-        counts = (planes * (r.stop - r.start) * n for r, n in _query_blocks(Tq, Tk))
-        sizes.append(sum(-(-count // group) for count in counts) if dropout else 0)
-    return sizes
-
-
-def saved_like(q, k, dropout_p):
-    """An empty tensor like what `forward` returns."""
-    dtype = torch.uint8 if q.device.type == "cpu" else torch.bool
-    return q.new_empty(sum(_packed_sizes(q, k, dropout_p > 0)), dtype=dtype)
+    _run(q, k, work)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from kernels.backend import HAS_TRITON, tl, triton
+from kernels.threads import for_each
 
 PHILOX_ROUNDS = 7
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -40,7 +41,8 @@ _SITES_PER_LAYER = 4
 PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
 
 _LOW32 = 0xFFFFFFFF
-_CHUNK_GROUPS = 32_768  # Philox calls of one window: larger ones leave the cache
+# Philox calls of one window: two threads hold each other up at every op's end, some 10 us.
+_CHUNK_GROUPS = 1 << 17
 
 
 def layer_site(layer: int, place: str) -> int:
@@ -187,7 +189,8 @@ def _keep_numpy(key, site, planes, rows, groups, p):
     keys = [((seed + i * w0) & _LOW32, (step + i * w1) & _LOW32) for i in range(PHILOX_ROUNDS)]
     threshold = np.uint16(dropout_threshold(p))
     keep = np.empty((len(planes), len(rows), groups * 8), dtype=np.bool_)
-    for window in _windows(len(planes), len(rows), groups):
+
+    def draw(_, window):
         piece = keep[window]
         c0 = np.arange(groups, dtype=np.uint64)
         c1 = rows[window[1], None].astype(np.uint64)
@@ -195,6 +198,8 @@ def _keep_numpy(key, site, planes, rows, groups, p):
         c3 = np.full(1, site, dtype=np.uint64)
         lanes = _philox_lanes(c0, c1, c2, c3, keys, (*piece.shape[:2], groups))
         np.greater_equal(lanes.view(np.uint16).reshape(piece.shape), threshold, out=piece)
+
+    for_each(_windows(len(planes), len(rows), groups), draw)
     return keep
 
 

@@ -390,9 +390,8 @@ def test_damaged_eager_mask_is_seen(damage, monkeypatch):
         shift = damage == "wrong row"
         return keep_mask(key, site, planes, range(rows.start + shift, rows.stop + shift), cols, p)
 
-    def reversed_bits(packed, shape):
-        keep, rest = unpack(packed, shape)
-        return keep.flip(-1), rest
+    def reversed_bits(packed, R, N):
+        return unpack(packed, R, N).flip(-1)
 
     if damage == "mask not packed in order":
         monkeypatch.setattr(attention_eager, "_unpack", reversed_bits)
