@@ -73,13 +73,18 @@ class World:
                 f"{config.gradient_accumulation_steps}); give --batch_size {enough} or more"
             )
 
-    def rounds(self, config: TrainConfig) -> int:
-        """Micro-batches of a step, the same for every rank, of at most batch_size sequences."""
-        return -(-config.sequences // (self.size * config.batch_size))
+    def rounds(self, config: TrainConfig, most: int | None = None) -> int:
+        """Micro-batches of a step, the same for every rank.
 
-    def micro_batches(self, config: TrainConfig) -> list[tuple[int, int]]:
-        """(first row in the global batch, rows) of each micro-batch of this rank."""
-        rounds, S = self.rounds(config), config.sequences
+        Args:
+            most: sequences in one, batch_size if None.
+        """
+        return -(-config.sequences // (self.size * (most or config.batch_size)))
+
+    def micro_batches(self, config: TrainConfig, most: int | None = None) -> list[tuple[int, int]]:
+        """(first row in the global batch, rows) of each micro-batch of this rank, none empty."""
+        S = config.sequences
+        rounds = min(self.rounds(config, most), S // self.size)
         start, stop = (S * r // self.size for r in (self.rank, self.rank + 1))
         edges = [start + (stop - start) * i // rounds for i in range(rounds + 1)]
         return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]

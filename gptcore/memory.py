@@ -4,10 +4,11 @@ What a step holds, for P parameters, R sequences of T tokens in a micro-batch, L
 H heads of D and V tokens in the vocabulary:
 
     P * 4 * (weights + gradients + slots of the optimizer + their copies for the checkpoint)
+    (sequences of a step) * T * 16, its tokens and targets
     R * T * itemsize * (L * (11 C + 4 H D, + 4 C unless ReLU, + 2 C with dropout) + 3 V)
 
 A bfloat16 copy of weights and gradients adds 4 P; the naive models keep (1, with dropout 3) H T
-more a layer; the Triton kernels hold a tenth of the V. The second line is fitted to the peaks of
+more a layer; the Triton kernels hold a tenth of the V. The last line is fitted to the peaks of
 the CPU's allocator (`python -m bench memory`): eleven settings of nanogpt-cpu, within a quarter.
 
 A batch is split by batch_size and gradient_accumulation_steps alone, and batches and dropout masks
@@ -27,7 +28,7 @@ import torch
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.model import build_model
 from gptcore.optim import STATE_SLOTS
-from gptcore.step import may_be_half
+from gptcore.step import largest_micro_batch, may_be_half
 
 TOLERANCE = 0.75  # of the estimate must not fit before a run is refused for it
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
@@ -36,14 +37,19 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run needs: whatever the batch, and for each sequence of a micro-batch."""
+    """Bytes that a run needs: whatever the batch, and for each sequence of a micro-batch.
+
+    Attributes:
+        sequences: of a micro-batch, at most; a CPU takes no more at once, whatever batch_size is.
+    """
 
     fixed_bytes: int
     sequence_bytes: int
+    sequences: int
 
     def bytes(self, batch_size: int) -> int:
-        """Of a run with micro-batches of this size."""
-        return self.fixed_bytes + batch_size * self.sequence_bytes
+        """Of a run with this batch_size."""
+        return self.fixed_bytes + min(batch_size, self.sequences) * self.sequence_bytes
 
 
 def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.dtype) -> Need:
@@ -58,6 +64,7 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     fixed = 4 * P * (2 + slots + (1 + slots if on_cpu else 0))
     if dtype == torch.bfloat16:
         fixed += 4 * P
+    fixed += 16 * config.sequences * model.block_size
     L, C, HD, T = model.n_layer, model.n_embd, model.n_head * model.D, model.block_size
     a_layer = 11 * C + 4 * HD + 4 * C * (model.activation != "relu") + 2 * C * (model.dropout > 0)
     if config.model == "naive":
@@ -65,7 +72,8 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     a_token = 3 * model.vocab_size if on_cpu else model.vocab_size // 3
     if config.model in ("gpt", "naive"):
         a_token += L * a_layer
-    return Need(fixed, T * dtype.itemsize * a_token)
+    sequences = largest_micro_batch(config, model, device_type)
+    return Need(fixed, T * dtype.itemsize * a_token, sequences)
 
 
 def parameter_count(name: str, model: GPTConfig) -> int:
@@ -111,7 +119,7 @@ def fitting(sequences: int, most: int, needed: Need, free: float) -> int | None:
     room = free - needed.fixed_bytes
     if room < needed.sequence_bytes:
         return None
-    if math.isfinite(room):  # not one by one from whatever was asked for
+    if room < needed.sequences * needed.sequence_bytes:  # not one by one from what was asked for
         most = min(most, int(room // needed.sequence_bytes))
     for size in range(min(most, sequences), 0, -1):
         if sequences % size == 0:
@@ -152,7 +160,8 @@ def advised(
             raise
         needed, (_, total) = need(config, model, device.type, dtype), device_bytes(device)
         # What did not fit did not, whatever the estimate says: at most half of it.
-        size = fitting(config.sequences, config.batch_size // 2, needed, total)
+        half = min(config.batch_size, needed.sequences) // 2
+        size = fitting(config.sequences, half, needed, total)
         raise RunError(
             f"out of memory with batch_size {config.batch_size}: {_advice(config, size)}; "
             f"to go on, add that to: {command}"
@@ -162,8 +171,8 @@ def advised(
 def _advice(config: TrainConfig, batch_size: int | None) -> str:
     if batch_size is None:
         return (
-            "not even one sequence at a time fits; give a smaller --n_layer, --n_embd or "
-            "--block_size"
+            "not even one sequence at a time fits; give a smaller --n_layer, --n_embd, "
+            "--block_size or --batch_size"
         )
     return (
         f"give --batch_size {batch_size} --gradient_accumulation_steps "

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gptcore.checkpoint import named_weights
-from gptcore.config import TrainConfig
+from gptcore.config import GPTConfig, TrainConfig
 from gptcore.data import BatchStream
 from gptcore.distributed import ALONE, Rounded, World, engine, synchronised, whole
 from gptcore.guard import Guard
@@ -26,6 +26,7 @@ from gptcore.optim import apply_schedule
 from kernels.rng import make_key
 
 EAGER_UPDATES = 3  # before capture: lazy initialisation, autotuning, allocator
+CPU_ELEMENTS = 16 * 256 * 384  # tokens * n_embd in a micro-batch on a CPU
 
 
 class HalfCopy:
@@ -100,7 +101,8 @@ class Step:
         self.forward = loss_function(self.engine, config)
         self.block_size = model.config.block_size
         self.key = make_key(config.seed, step, 0, device)
-        self.micro_batches = world.micro_batches(config)
+        most = largest_micro_batch(config, model.config, device.type)
+        self.micro_batches = world.micro_batches(config, most)
         self.offsets = {
             first: torch.tensor([0, 0, first], device=device)
             for first, _ in self.micro_batches
@@ -232,6 +234,17 @@ class Step:
         counts = torch.stack([(targets != -100).sum() for _, targets, _ in micro_batches])
         total = self.world.sum(counts.sum())
         return list((counts * self.world.size / total).unbind())
+
+
+def largest_micro_batch(config: TrainConfig, model: GPTConfig, device_type: str) -> int:
+    """Sequences that forward and backward take at once, at most batch_size.
+
+    On a CPU larger ones only leave the caches: 64 sequences of the notebook's model take as long
+    in fours of 16 (11.9 s a step; at once 12.6 s), in less than half the memory (1.3 of 3.1 GB).
+    """
+    if device_type != "cpu":
+        return config.batch_size
+    return max(1, min(config.batch_size, CPU_ELEMENTS // (model.block_size * model.n_embd)))
 
 
 def compiled(model: nn.Module, config: TrainConfig) -> nn.Module:

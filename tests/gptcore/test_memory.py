@@ -68,28 +68,31 @@ def test_the_estimate_is_near_what_is_held(prepared, flags):
 
 def test_what_does_not_depend_on_the_batch():
     config, shape = TrainConfig(), GPTConfig()
-    P = parameter_count("gpt", shape)
+    P, tokens = parameter_count("gpt", shape), 16 * config.sequences * shape.block_size
     fixed = {
         (optimizer, kind): need(
             config.replace(optimizer=optimizer), shape, kind, torch.float32
         ).fixed_bytes
+        - tokens
         for optimizer in ("adamw", "sgd")
         for kind in ("cpu", "cuda")
     }
     # Weights, gradients, moments; on the CPU the checkpoint's copies of all but the gradients.
     assert fixed[("adamw", "cuda")] == 16 * P and fixed[("adamw", "cpu")] == 28 * P
     assert fixed[("sgd", "cuda")] == 12 * P and fixed[("sgd", "cpu")] == 20 * P
-    assert need(config, shape, "cuda", torch.bfloat16).fixed_bytes == 20 * P
+    assert need(config, shape, "cuda", torch.bfloat16).fixed_bytes == 20 * P + tokens
 
 
 def test_fitting_keeps_the_whole_batch():
-    needed = Need(100, 10)
+    needed = Need(100, 10, 48)
     assert fitting(48, 48, needed, inf) == 48
     assert fitting(48, 48, needed, 100 + 10 * 17) == 16
     assert fitting(48, 7, needed, inf) == 6
     assert fitting(48, 48, needed, 110) == 1
     assert fitting(48, 48, needed, 109) is None
     assert fitting(48, 0, needed, inf) is None
+    assert fitting(48, 48, Need(100, 10, 4), 140) == 48  # cut into fours anyway
+    assert fitting(48, 48, Need(100, 10, 4), 139) == 3
 
 
 def test_free_memory_is_known_here():
@@ -119,6 +122,7 @@ def test_a_huge_model_is_refused_before_anything_is_allocated(
 def test_a_huge_batch_is_cut(train_main, tiny_flags, tmp_path, capsys, monkeypatch):
     flags = [*tiny_flags, "--batch_size=3000000", "--gradient_accumulation_steps=2"]
     monkeypatch.setattr(memory, "device_bytes", lambda device: (4e9, 8e9))
+    monkeypatch.setattr(memory, "largest_micro_batch", lambda config, *_: config.batch_size)
     assert train_main([*flags, f"--out_dir={tmp_path / 'run'}"]) == 2
     line = capsys.readouterr().err
     size, steps = advice(line)
