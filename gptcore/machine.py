@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -79,23 +79,56 @@ def core_count(root: Path = Path("/")) -> int:
 def _cpu_quota(root: Path) -> float:
     """CPUs that the control groups of this process allow it; infinite where none says.
 
-    Version 2 says "quota period" in cpu.max, version 1 has a file for each; every group above
-    counts too.
+    Version 2 says "quota period" in cpu.max, version 1 has a file for each.
     """
-    least, mount = math.inf, root / "sys/fs/cgroup"
-    for line in _words(root / "proc/self/cgroup"):
-        number, controllers, path = line.split(":", 2)
-        version2 = number == "0" and not controllers
-        if not version2 and "cpu" not in controllers.split(","):
-            continue
-        top = mount if version2 else mount / "cpu"
-        names = ("cpu.max",) if version2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        own = top / path.lstrip("/")
-        for group in (own, *own.parents)[: len(own.parts) - len(top.parts) + 1]:
-            quota = sum((_words(group / name) for name in names), ())
+    least = math.inf
+    for group in _groups(root, "cpu"):
+        v1 = _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
+        for quota in (_words(group / "cpu.max"), v1):
             if len(quota) == 2 and quota[0] not in ("max", "-1"):
                 least = min(least, int(quota[0]) / int(quota[1]))
     return least
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[float, float]:
+    """(free, all) memory for this process, up to what its control groups allow it.
+
+    What only keeps pages of files counts as free. Infinite where nobody says.
+
+    Args:
+        root: of the file system that says so.
+    """
+    lines = _lines(root / "proc/meminfo")
+    free, total = (1024 * lines.get(name, math.inf) for name in ("MemAvailable:", "MemTotal:"))
+    for group in _groups(root, "memory"):
+        for limit, usage, pages in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            words = _words(group / limit) + _words(group / usage)
+            if len(words) == 2 and words[0] != "max":
+                most, used = map(int, words)
+                used -= _lines(group / "memory.stat").get(pages, 0)
+                free, total = min(free, max(0, most - used)), min(total, most)
+    return free, total
+
+
+def _lines(path: Path) -> dict[str, int]:
+    """Of a file with a name and a number a line, perhaps with a unit; empty where there is none."""
+    words = _words(path)
+    return {a: int(b) for a, b in zip(words, words[1:], strict=False) if b.isdecimal()}
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups this process is in, of either version, and those above."""
+    mount = root / "sys/fs/cgroup"
+    for line in _words(root / "proc/self/cgroup"):
+        number, controllers, path = line.split(":", 2)
+        version2 = number == "0" and not controllers
+        if version2 or controller in controllers.split(","):
+            top = mount if version2 else mount / controller
+            own = top / path.lstrip("/")
+            yield from (own, *own.parents)[: len(own.parts) - len(top.parts) + 1]
 
 
 def _words(path: Path) -> tuple[str, ...]:

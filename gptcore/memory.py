@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from gptcore import machine
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.model import build_model
 from gptcore.optim import STATE_SLOTS
@@ -99,19 +100,17 @@ def parameter_count(name: str, model: GPTConfig) -> int:
 
 
 def device_bytes(device: torch.device) -> tuple[float, float]:
-    """(free, all) memory of the device; infinite where that cannot be known."""
+    """(free, all) memory of the device; infinite where that cannot be known.
+
+    The processes of torchrun on one machine have equal parts of its memory.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + held, total
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf, math.inf
-    sizes = {
-        name: 1024 * int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)
-    }
-    return sizes["MemAvailable"], sizes["MemTotal"]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free, total = machine.memory_bytes()
+    return free / processes, total / processes
 
 
 def fitting(sequences: int, most: int, needed: Need, free: float) -> int | None:

@@ -1,5 +1,6 @@
 """What the machine is asked for."""
 
+import math
 import os
 import subprocess
 import sys
@@ -79,11 +80,54 @@ def test_cores_are_those_the_process_may_use(tmp_path, monkeypatch, cpus, files,
     topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     for cpu, siblings in enumerate(files.get("siblings", "").split()):
         files = {**files, topology.format(cpu): siblings}
+    write_all(tmp_path, files)
+    assert machine.core_count(tmp_path) == cores
+
+
+def write_all(folder, files):
     for name, text in files.items():
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    assert machine.core_count(tmp_path) == cores
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 8 kB\nMemFree: 1 kB\nMemAvailable: 4 kB\nHugePages_Total: 0"}
+
+
+@pytest.mark.parametrize(
+    ("files", "memory"),
+    [
+        ({}, (math.inf, math.inf)),
+        (MEMINFO, (4096, 8192)),
+        (
+            {
+                **MEMINFO,
+                "proc/self/cgroup": "0::/a",
+                "sys/fs/cgroup/a/memory.max": "max",
+                "sys/fs/cgroup/a/memory.current": "2000",
+                "sys/fs/cgroup/memory.max": "5000",
+                "sys/fs/cgroup/memory.current": "3000",
+                "sys/fs/cgroup/memory.stat": "anon 7\ninactive_file 500",
+            },
+            (2500, 5000),
+        ),
+        (
+            {
+                **MEMINFO,
+                "proc/self/cgroup": V1,
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096),
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "3000",
+                "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "3000",
+                "sys/fs/cgroup/memory/a/memory.usage_in_bytes": "3100",
+            },
+            (0, 3000),
+        ),
+    ],
+    ids=["unknown", "plain", "v2", "v1"],
+)
+def test_memory_is_what_the_process_may_have(tmp_path, files, memory):
+    write_all(tmp_path, files)
+    assert machine.memory_bytes(tmp_path) == memory
 
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("", 1), ("7", 3)])

@@ -95,9 +95,12 @@ def test_fitting_keeps_the_whole_batch():
     assert fitting(48, 48, Need(100, 10, 4), 139) == 3
 
 
-def test_free_memory_is_known_here():
+def test_free_memory_is_known_here(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     free, total = device_bytes(torch.device("cpu"))
     assert 0 < free < total
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes of torchrun here
+    assert device_bytes(torch.device("cpu"))[1] == total / 4
 
 
 HUGE = {
