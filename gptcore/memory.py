@@ -18,7 +18,6 @@ follow from a sequence's place in the step's whole batch: their product decides 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
