@@ -25,6 +25,7 @@ from gptcore.flags import split_fields
 from gptcore.presets import PRESETS
 
 PROMPT = 16
+WHOLE_BLOCK = 240  # new tokens that fill the block with the prompt
 
 
 @torch.no_grad()
@@ -52,12 +53,16 @@ def cases(options: Options) -> list[Case]:
     """A sweep over the number of new tokens, and a batch of 16."""
     cuda = options.device.type == "cuda"
     new = (60, 120, 240) if cuda else (4, 8, 16) if options.quick else (24, 48, 96)
-    points = [(1, N, ("N",), N == new[1]) for N in (new[1], new[0], new[2])]
-    points.append((16, new[1], (), False))
-    return [_case(B, N, options, sweeps, quick) for B, N, sweeps, quick in points]
+    cases = [
+        _case(1, N, options, sweeps=("N",), quick=N == new[1]) for N in (new[1], new[0], new[2])
+    ]
+    cases.append(_case(16, new[1], options))
+    if not cuda:
+        cases.append(_case(1, WHOLE_BLOCK, options, full=True))
+    return cases
 
 
-def _case(B: int, new: int, options: Options, sweeps, quick) -> Case:
+def _case(B: int, new: int, options: Options, **rest) -> Case:
     fields = split_fields(PRESETS["nanogpt-char"])[1]
     config = GPTConfig(**{**fields, **models.NANOGPT_WIRING, "dropout": 0.0})
     weights = parameters(config) * options.dtype.itemsize
@@ -69,9 +74,8 @@ def _case(B: int, new: int, options: Options, sweeps, quick) -> Case:
         work=work,
         unit="tokens/s",
         open=functools.partial(_open, B, new, config, options),
-        sweeps=sweeps,
-        quick=quick,
         flush=False,
+        **rest,
     )
 
 

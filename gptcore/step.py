@@ -119,9 +119,13 @@ class Step:
     @property
     def how(self) -> str:
         """How updates run, in words."""
-        if self.eager_reason is None:
-            return "captured in one CUDA graph"
-        return f"eager, because {self.eager_reason}"
+        how = "captured in one CUDA graph"
+        if self.eager_reason is not None:
+            how = f"eager, because {self.eager_reason}"
+        if len(self.micro_batches) > 1:
+            largest = max(rows for _, rows in self.micro_batches)
+            how += f"; in {len(self.micro_batches)} micro-batches of up to {largest} sequences"
+        return how
 
     def whole_model(self) -> nn.Module | None:
         """A model to sample from, on rank 0; every rank calls this."""

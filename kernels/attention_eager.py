@@ -24,9 +24,10 @@ _BLOCK_QUERIES = 64
 _BLOCK_ELEMENTS = 1 << 20
 
 
-def _chunks(B, H, Tq, Tk):
+def _chunks(q, k):
     """Slices of batch and heads, as many for each thread, of up to _BLOCK_ELEMENTS a block."""
-    threads = torch.get_num_threads()
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    threads = torch.get_num_threads() if q.is_cpu else 1
     rounds = math.ceil(B * H * min(_BLOCK_QUERIES, Tq) * Tk / (threads * _BLOCK_ELEMENTS))
     planes = math.ceil(B * H / max(1, rounds * threads))
     heads, batches = max(1, min(H, planes)), max(1, math.ceil(planes / max(1, H)))
@@ -154,14 +155,14 @@ def _unpack(packed, R, N):
 
 def _packed_sizes(q, k, dropout_p):
     """What `_pack` makes of one plane, for every block of queries."""
-    group = 8 if q.device.type == "cpu" else 1
+    group = 8 if q.is_cpu else 1
     blocks = _query_blocks(q.shape[2], k.shape[2]) if dropout_p else ()
     return [-(-(rows.stop - rows.start) * visible // group) for rows, visible in blocks]
 
 
 def saved_like(q, k, dropout_p):
     """An empty tensor like what `forward` returns, (B, H, elements)."""
-    dtype = torch.uint8 if q.device.type == "cpu" else torch.bool
+    dtype = torch.uint8 if q.is_cpu else torch.bool
     return q.new_empty(*q.shape[:2], sum(_packed_sizes(q, k, dropout_p)), dtype=dtype)
 
 
@@ -186,8 +187,8 @@ def _without_autocast(function):
 
 def _run(q, k, work):
     """work(scratch, chunk) for every chunk; on the CPU each thread takes whole ones."""
-    chunks = _chunks(*q.shape[:3], k.shape[2])
-    if q.device.type == "cpu":
+    chunks = _chunks(q, k)
+    if q.is_cpu:
         for_each(chunks, work, lambda: _Scratch(q))
     else:
         scratch = _Scratch(q)

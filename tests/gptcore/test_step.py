@@ -101,17 +101,20 @@ def test_a_cpu_cuts_large_batches(prepared, monkeypatch, sequences):
     """The same loss and gradients, dropout included, in pieces that stay in the cache."""
     flags = "--dropout=0.2", "--batch_size=7"
     results = []
-    for limit in (step_module.CPU_ELEMENTS, None):
-        whole = prepared(*flags).model.config
-        limit = limit or sequences * whole.block_size * whole.n_embd
-        monkeypatch.setattr(step_module, "CPU_ELEMENTS", limit)
+    for elements in (step_module.CPU_ELEMENTS, None):
+        model = prepared(*flags).model.config
+        elements = elements or sequences * model.block_size * model.n_embd
+        monkeypatch.setattr(step_module, "CPU_ELEMENTS", elements)
         run = prepared(*flags)
         run.optimizer.zero_grad = lambda set_to_none: None
         loss = run.update().item()
         gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()])
-        results.append((loss, gradient, len(run.update.micro_batches)))
-    (whole, gradient, one), (parts, summed, pieces) = results
-    assert one == 1 and pieces == math.ceil(7 / sequences)
+        results.append((loss, gradient, run.update))
+    (whole, gradient, at_once), (parts, summed, cut) = results
+    pieces = math.ceil(7 / sequences)
+    assert (len(at_once.micro_batches), len(cut.micro_batches)) == (1, pieces)
+    assert "micro-batch" not in at_once.how
+    assert (f"in {pieces} micro-batches of up to {sequences} sequences" in cut.how) == (pieces > 1)
     assert parts == pytest.approx(whole, rel=1e-5)
     torch.testing.assert_close(summed, gradient, atol=1e-6, rtol=1e-4)
 
