@@ -9,6 +9,10 @@ Backward, without atomics, from P = 2^(s - lse), the mask R of dropout and c = 1
     delta = rowsum(do * o) / c      dS = P * (R * (do v^T) - delta)
     dv = c * (R * P)^T do           dk = scale * c * dS^T q           dq = scale * c * dS k
 
+float32 saves lse[0,i] = m = max_j s[i,j] and lse[1,i] = 1 / sum_j e^(s[i,j] - m) instead: where P
+is large s - m is small, and its rounding too, while s - lse rounds like lse. Its delta is the
+rowsum of P * R * (do v^T), summed from the very numbers that dS subtracts it from.
+
 Query i of Tq stands at position i + Tk - Tq: the causal mask is aligned bottom-right. Positions
 are also the rows of the dropout mask, and b * H + h, counted in the global batch, its planes.
 """
@@ -34,20 +38,35 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @jit
+def _dot_rows(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr, PARTS: tl.constexpr):
+    """a @ b^T in float32, its sums in PARTS: four of them round half as much as one.
+
+    A score's error is that of its P. Four parts cost next to nothing where rows are read four
+    elements at a time: each of them goes to a part of its own.
+    """
+    WIDTH: tl.constexpr = a.shape[1]
+    if PARTS > 1 and WIDTH > 16:
+        a_even, a_odd = tl.split(tl.reshape(a, (a.shape[0], WIDTH // 2, 2)))
+        b_even, b_odd = tl.split(tl.reshape(b, (b.shape[0], WIDTH // 2, 2)))
+        even = _dot_rows(a_even, b_even, PRECISION, WIDEN, PARTS // 2)
+        return even + _dot_rows(a_odd, b_odd, PRECISION, WIDEN, PARTS // 2)
+    else:
+        return _dot(a, b.T, None, PRECISION, WIDEN)
+
+
+@jit
 def _exp(x, EXACT: tl.constexpr):
     """2^x, one instruction, or EXACT e^x: log2(e) in qk_scale rounds every score."""
     return tl.exp(x) if EXACT else tl.exp2(x)
 
 
 @jit
-def _probabilities(s, visible, qk_scale, lse, rest, MASKED: tl.constexpr, EXACT: tl.constexpr):
-    """exp(s * qk_scale - lse) where `visible`, else 0; EXACT heeds the rounding error of lse."""
+def _probabilities(s, visible, qk_scale, lse, inv_l, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """2^(s * qk_scale - lse) where `visible`, else 0; EXACT: e^(s * qk_scale - lse) * inv_l."""
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
-    x = s * qk_scale - lse
-    if EXACT:
-        x -= rest
-    return _exp(x, EXACT)
+    p = _exp(s * qk_scale - lse, EXACT)
+    return p * inv_l if EXACT else p
 
 
 @jit
@@ -69,13 +88,14 @@ def _forward_tiles(
 
     offs_m (BLOCK_M,) are positions; MASKED tiles touch the diagonal or the end of the keys.
     """
+    PARTS: tl.constexpr = 4 if EXACT and PRECISION == "ieee" else 1
     offs_n = lane_order(BLOCK_N, QUADS)
     mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_n in range(low, high, BLOCK_N):
         step_n = tl.cast(start_n, tl.int64)
         mask = mask_d & ((start_n + offs_n)[:, None] < Tk) if MASKED else mask_d
         k = tl.load(k_ptrs + step_n * stride_kt, mask=mask, other=0.0)
-        s = _dot(q, k.T, None, PRECISION, WIDEN)
+        s = _dot_rows(q, k, PRECISION, WIDEN, PARTS)
         if MASKED:
             s = tl.where((start_n + offs_n)[None, :] <= offs_m[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
@@ -152,24 +172,23 @@ def _attention_forward_kernel(
     o = acc * (keep_scale / l_i)[:, None]
     o_ptrs = _tile(o_base, rows, stride_ot, stride_od, BLOCK_D)
     tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask)
-    log_l = tl.log(l_i) if EXACT else tl.log2(l_i)
-    lse = m_i + log_l
     lse_ptr += bh.to(tl.int64) * Tq
-    tl.store(lse_ptr + rows, lse, rows < Tq)
+    tl.store(lse_ptr + rows, m_i if EXACT else m_i + tl.log2(l_i), rows < Tq)
     if EXACT:
         planes = tl.num_programs(0) // tiles
-        tl.store(lse_ptr + planes.to(tl.int64) * Tq + rows, (m_i - lse) + log_l, rows < Tq)
+        tl.store(lse_ptr + planes.to(tl.int64) * Tq + rows, 1.0 / l_i, rows < Tq)
 
 
 @jit
 def _dq_tiles(
-    acc, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk,
+    acc, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk,
     qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
     MASKED: tl.constexpr, ONLY_DELTA: tl.constexpr,
 ):  # fmt: skip
     """Add to acc, dq (BLOCK_M, BLOCK_D) or delta (BLOCK_M,), what keys low ... high contribute."""
+    PARTS: tl.constexpr = 4 if EXACT and PRECISION == "ieee" else 1
     offs_n = lane_order(BLOCK_N, QUADS)
     mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_n in range(low, high, BLOCK_N):
@@ -177,10 +196,10 @@ def _dq_tiles(
         mask = mask_d & ((start_n + offs_n)[:, None] < Tk) if MASKED else mask_d
         k = tl.load(k_ptrs + step_n * stride_kt, mask=mask, other=0.0)
         v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
-        s = _dot(q, k.T, None, PRECISION, WIDEN)
+        s = _dot_rows(q, k, PRECISION, WIDEN, PARTS)
         visible = (start_n + offs_n)[None, :] <= offs_m[:, None]
-        p = _probabilities(s, visible, qk_scale, lse[:, None], rest[:, None], MASKED, EXACT)
-        dp = _dot(do, v.T, None, PRECISION, WIDEN)
+        p = _probabilities(s, visible, qk_scale, lse[:, None], inv_l[:, None], MASKED, EXACT)
+        dp = _dot_rows(do, v, PRECISION, WIDEN, PARTS)
         if DROPOUT:
             keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
             dp = tl.where(keep, dp, 0.0)
@@ -228,10 +247,10 @@ def _attention_dq_kernel(
     do = tl.load(_tile(do_base, rows, stride_dot, stride_dod, BLOCK_D), mask, other=0.0)
     lse_ptr += bh.to(tl.int64) * Tq
     lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
-    rest = lse
+    inv_l = lse
     if EXACT:
         planes = tl.num_programs(0) // tiles
-        rest = tl.load(lse_ptr + planes.to(tl.int64) * Tq + rows, rows < Tq, other=0.0)
+        inv_l = tl.load(lse_ptr + planes.to(tl.int64) * Tq + rows, rows < Tq, other=0.0)
     offs_n = lane_order(BLOCK_N, QUADS)
     k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, BLOCK_D)
     v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, BLOCK_D)
@@ -247,12 +266,12 @@ def _attention_dq_kernel(
         # rowsum(P * dP) rounds with dP, which rowsum(do * o) does not: it halves the error of ds.
         delta = tl.zeros((BLOCK_M,), tl.float32)
         delta = _dq_tiles(
-            delta, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m,
+            delta, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m,
             Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
             QUADS, PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=True,
         )  # fmt: skip
         delta = _dq_tiles(
-            delta, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high,
+            delta, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high,
             offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N,
             DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=True,
         )  # fmt: skip
@@ -261,12 +280,12 @@ def _attention_dq_kernel(
     tl.store(delta_ptr + bh.to(tl.int64) * Tq + rows, delta, rows < Tq)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _dq_tiles(
-        dq, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk,
+        dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk,
         qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS,
         PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=False,
     )  # fmt: skip
     dq = _dq_tiles(
-        dq, q, do, lse, rest, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk,
+        dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk,
         qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS,
         PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=False,
     )  # fmt: skip
@@ -276,13 +295,14 @@ def _attention_dq_kernel(
 
 @jit
 def _dkdv_tiles(
-    dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
+    dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_dot,
     low, high, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add to dk, dv (BLOCK_N, BLOCK_D) what the queries low ... high contribute."""
+    PARTS: tl.constexpr = 4 if EXACT and PRECISION == "ieee" else 1
     offs_n = start_n + lane_order(BLOCK_N, QUADS)
     mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_m in range(low, high, BLOCK_M):
@@ -293,12 +313,12 @@ def _dkdv_tiles(
         do = tl.load(do_ptrs + step_m * stride_dot, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
         delta = tl.load(delta_ptr + rows, rows < Tq, other=0.0)
-        rest = tl.load(rest_ptr + rows, rows < Tq, other=0.0) if EXACT else lse
+        inv_l = tl.load(inv_l_ptr + rows, rows < Tq, other=0.0) if EXACT else lse
         offs_m = rows + (Tk - Tq)
-        s = _dot(q, k.T, None, PRECISION, WIDEN)
+        s = _dot_rows(q, k, PRECISION, WIDEN, PARTS)
         visible = offs_n[None, :] <= offs_m[:, None]
-        p = _probabilities(s, visible, qk_scale, lse[:, None], rest[:, None], MASKED, EXACT)
-        dp = _dot(do, v.T, None, PRECISION, WIDEN)
+        p = _probabilities(s, visible, qk_scale, lse[:, None], inv_l[:, None], MASKED, EXACT)
+        dp = _dot_rows(do, v, PRECISION, WIDEN, PARTS)
         if DROPOUT:
             keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
             p_delta = p * delta[:, None]
@@ -345,7 +365,7 @@ def _attention_dkdv_kernel(
     q_ptrs = _tile(q_base, offs_m, stride_qt, stride_qd, BLOCK_D)
     do_ptrs = _tile(do_base, offs_m, stride_dot, stride_dod, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
-    rest_ptr = lse_ptr + (tl.num_programs(0) // tiles).to(tl.int64) * Tq
+    inv_l_ptr = lse_ptr + (tl.num_programs(0) // tiles).to(tl.int64) * Tq
     delta_ptr += bh.to(tl.int64) * Tq
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
@@ -360,12 +380,12 @@ def _attention_dkdv_kernel(
     full = tl.maximum(start_n + BLOCK_N - 1 - (Tk - Tq), 0)
     full = tl.minimum(tl.cdiv(full, BLOCK_M) * BLOCK_M, Tq)
     dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_dot,
         low, full, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True,
     )  # fmt: skip
     dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, rest_ptr, delta_ptr, stride_qt, stride_dot,
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_dot,
         full, Tq, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
     )  # fmt: skip
@@ -464,9 +484,9 @@ def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tupl
 
 
 def forward(q, k, v, o, key, scale, dropout_p, site, blocks: Plan | None = None):
-    """Write o (B, H, Tq, D) and return lse (1 or 2, B, H, Tq), float32, in base 2.
+    """Write o (B, H, Tq, D) and return lse (1 or 2, B, H, Tq), float32.
 
-    For float32 inputs it is in base e, and lse[1] holds what rounding took from lse[0].
+    For float32 inputs lse[0] is the maximum of a row's scores instead, lse[1] 1 / sum e^(s - m).
     """
     B, H, Tq, _ = q.shape
     blocks, options = _options("forward", q, dropout_p, key, blocks)

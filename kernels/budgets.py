@@ -30,29 +30,33 @@ class Case:
     dtype: torch.dtype
     dropout_p: float
     arches: tuple[str, ...]
+    device: str = "meta"
 
     def __call__(self) -> None:
-        """Run forward and backward on meta tensors."""
+        """Run forward and backward."""
         self.call(self)
 
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A meta tensor, differentiable if floating point."""
-        dtype = dtype or self.dtype
-        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+    def tensor(self, *shape: int) -> torch.Tensor:
+        """Normal numbers, differentiable."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device, requires_grad=True)
+
+    def tokens(self, *shape: int) -> torch.Tensor:
+        """int64 in [0, V)."""
+        return torch.randint(self.sizes["V"], shape, device=self.device)
 
     @property
     def dropout(self) -> dict[str, Any]:
         """Keyword arguments of an op's dropout."""
         if not self.dropout_p:
             return {}
-        key = torch.empty(3, dtype=torch.int64, device="meta")
+        key = torch.zeros(3, dtype=torch.int64, device=self.device)
         return {"dropout_p": self.dropout_p, "key": key, "site": 16}
 
 
 def _backward(outputs, *inputs: torch.Tensor) -> None:
     """Every gradient of `inputs`, from gradients laid out as the outputs are."""
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs])
+    torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs])
 
 
 def _attention(case: Case) -> None:
@@ -85,30 +89,26 @@ def _linear_act(case: Case) -> None:
 
 def _cross_entropy(case: Case) -> None:
     M, V = case.sizes["M"], case.sizes["V"]
-    logits, targets = case.tensor(M, V), case.tensor(M, dtype=torch.int64)
+    logits, targets = case.tensor(M, V), case.tokens(M)
     _backward(kernels.cross_entropy(logits, targets), logits)
 
 
 def _linear_cross_entropy(case: Case) -> None:
     M, C, V = case.sizes["M"], case.sizes["C"], case.sizes["V"]
-    x, weight, targets = case.tensor(M, C), case.tensor(V, C), case.tensor(M, dtype=torch.int64)
+    x, weight, targets = case.tensor(M, C), case.tensor(V, C), case.tokens(M)
     _backward(kernels.linear_cross_entropy(x, weight, None, targets), x, weight)
 
 
 def _embed(case: Case) -> None:
     B, T, C, V = (case.sizes[name] for name in "BTCV")
-    idx, token, position = (
-        case.tensor(B, T, dtype=torch.int64),
-        case.tensor(V, C),
-        case.tensor(T, C),
-    )
+    idx, token, position = case.tokens(B, T), case.tensor(V, C), case.tensor(T, C)
     _backward(kernels.embed(idx, token, position, **case.dropout), token, position)
 
 
 def _rotary_qkv(case: Case) -> None:
     B, T, H, D = (case.sizes[name] for name in "BTHD")
-    qkv, table = case.tensor(B, T, 3, H, D), case.tensor(T, D // 2, 2, dtype=torch.float32)
-    _backward(kernels.rotary_qkv(qkv, table.detach(), normalize=True), qkv)
+    qkv, table = case.tensor(B, T, 3, H, D), kernels.rotary_table(T, D, device=case.device)
+    _backward(kernels.rotary_qkv(qkv, table, normalize=True), qkv)
 
 
 _CALLS = {
@@ -333,12 +333,12 @@ causal_attention B64-T256-H6-D85-bf16-p0.2
   _attention_dq_kernel sm_90 255 772 98304 1 42.4 HGMMA
   _attention_dkdv_kernel sm_90 255 605 65536 2 94.4 HGMMA
 causal_attention B64-T256-H6-D64-fp32-p0.2
-  _attention_forward_kernel sm_90 255 0 20480 2 211.6 -
-  _attention_dq_kernel sm_90 232 0 24576 2 296.7 -
-  _attention_dkdv_kernel sm_90 255 0 40960 2 369.3 -
-  _attention_forward_kernel sm_100 255 0 20480 2 194.3 -
-  _attention_dq_kernel sm_100 240 0 24576 2 303.9 -
-  _attention_dkdv_kernel sm_100 255 0 40960 2 298.7 -
+  _attention_forward_kernel sm_90 255 0 20480 2 214.2 -
+  _attention_dq_kernel sm_90 152 0 22528 3 306.4 -
+  _attention_dkdv_kernel sm_90 176 0 40960 2 378.4 -
+  _attention_forward_kernel sm_100 255 0 20480 2 197.6 -
+  _attention_dq_kernel sm_100 152 0 22528 3 316.8 -
+  _attention_dkdv_kernel sm_100 176 0 40960 2 304.8 -
 layer_norm M16384-C384-bf16
   _forward_kernel sm_80 72 0 0 28 19.1 -
   _backward_kernel sm_80 120 0 4096 4 32.5 -

@@ -6,11 +6,12 @@ All yield `Result`s, and so do the checks that other packages add by `register_c
 """
 
 import contextlib
+import functools
 import itertools
 import random
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,11 @@ from kernels.problems import (
 from kernels.verify import Comparison, compare
 
 OPS = (*SHAPES, "dropout_keep_mask")
+DRAWS, FEW_DRAWS = 16, 4  # of a problem that breaks the 2x rule at first, and of a LARGE one
+LARGE = 1 << 20  # elements of an input
+LUCK = 4.0
+
+Measured = tuple[Tensors, Tensors, Tensors]  # fused, plain PyTorch, float64
 
 
 @dataclass(frozen=True)
@@ -141,32 +147,59 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- checks
 
 
-def check_problem(problem: Problem, backend: str, thorough: bool = True) -> Iterator[Result]:
-    """Accuracy by the 2x rule; if thorough, a bit-identical rerun and strided inputs too."""
+def hold_rule(first: Measured, others: Iterable[Measured] = ()) -> tuple[Comparison, ...]:
+    """The 2x rule on (fused, plain, reference); where `first` breaks it, on all draws as one.
+
+    Of one draw, above all in max norm, either error may be luck: a breach by the op itself lasts.
+    Nothing is drawn again where an error is NaN or more than LUCK times what is allowed.
+    """
+    comparisons = compare_all(*first)
+    errors = [error / allowed for error, _, allowed in (c.figures for c in comparisons)]
+    if all(c.passed for c in comparisons) or not all(error <= LUCK for error in errors):
+        return comparisons
+    draws = [first, *others]
+    stacked = (
+        {name: torch.stack([results[name] for results in column]) for name in column[0]}
+        for column in zip(*draws, strict=True)
+    )
+    return compare_all(*stacked)
+
+
+def check_problem(
+    problem: Problem,
+    backend: str,
+    thorough: bool = True,
+    redraws: Callable[[], Iterable[Problem]] = tuple,
+) -> Iterator[Result]:
+    """Accuracy by the 2x rule; if thorough, a bit-identical rerun and strided inputs too.
+
+    redraws() yields more problems of the same size, for `hold_rule`.
+    """
     dtype = str(next(iter(problem.inputs.values())).dtype).removeprefix("torch.")
     about = (problem.op, problem.name, dtype, backend)
     cotangents = cotangents_of(problem)
 
-    def fused(x: Tensors) -> Tensors:
-        return problem.call(x, backend)
+    def fused(problem: Problem, inputs: Tensors) -> Tensors:
+        with poisoned():
+            return evaluate(lambda x: problem.call(x, backend), inputs, cotangents)
+
+    def measure(problem: Problem, arrange=dict) -> Measured:
+        reference = evaluate(problem.plain, doubled(problem.inputs), doubled(cotangents))
+        plain = evaluate(problem.plain, problem.inputs, cotangents)
+        return fused(problem, arrange(problem.inputs)), plain, reference
 
     before = {name: tensor.clone() for name, tensor in problem.inputs.items()}
-    reference = evaluate(problem.plain, doubled(problem.inputs), doubled(cotangents))
-    plain = evaluate(problem.plain, problem.inputs, cotangents)
-    with poisoned():
-        actual = evaluate(fused, problem.inputs, cotangents)
-    comparisons = compare_all(actual, plain, reference)
+    actual, plain, reference = first = measure(problem)
+    comparisons = hold_rule(first, map(measure, redraws()))
     yield Result(*about, "accuracy", all(c.passed for c in comparisons), "", comparisons)
     changed = bit_equal(before, problem.inputs)
     yield Result(*about, "inputs untouched", not changed, ", ".join(changed))
     if not thorough:
         return
-    with poisoned():
-        again = evaluate(fused, problem.inputs, cotangents)
-        apart = evaluate(fused, strided(problem.inputs), cotangents)
-    changed = bit_equal(actual, again)
+    changed = bit_equal(actual, fused(problem, problem.inputs))
     yield Result(*about, "rerun bit-identical", not changed, ", ".join(changed))
-    comparisons = compare_all(apart, plain, reference)
+    apart = fused(problem, strided(problem.inputs)), plain, reference
+    comparisons = hold_rule(apart, (measure(other, strided) for other in redraws()))
     yield Result(*about, "strided inputs", all(c.passed for c in comparisons), "", comparisons)
 
 
@@ -393,9 +426,16 @@ def _check_kernel_op(op: str, settings: Settings, backend: str, dtype: str) -> I
     names = problem_names(op, settings.full, compiled, settings.seed, dtype, on_gpu)
     for number, name in enumerate(names):
         about = (op, name, dtype, backend)
-        problem = build_problem(op, name, dtype, settings.device, settings.seed)
+
+        def draw(seed: int | str, name: str = name) -> Problem:
+            return build_problem(op, name, dtype, settings.device, seed)
+
+        problem = draw(settings.seed)
+        largest = max(tensor.numel() for tensor in problem.inputs.values())
+        seeds = [f"{settings.seed} {i}" for i in range(1, DRAWS if largest < LARGE else FEW_DRAWS)]
         thorough = settings.full or compiled or number == 0
-        yield from _guarded(about, check_problem(problem, backend, thorough))
+        redraws = functools.partial(map, draw, seeds)
+        yield from _guarded(about, check_problem(problem, backend, thorough, redraws))
         if on_gpu and number == 0:
             yield from _guarded(about, check_graph(problem, backend))
     if op == "causal_attention":

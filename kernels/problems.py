@@ -407,7 +407,7 @@ def read_shape(name: str) -> dict:
     return arguments
 
 
-def build_problem(op: str, name: str, dtype: str, device: torch.device, seed: int) -> Problem:
+def build_problem(op: str, name: str, dtype: str, device: torch.device, seed: int | str) -> Problem:
     """One problem; op a key of SHAPES, name as in `Shapes`, dtype a key of DTYPES."""
     draw = Draw(device, DTYPES[dtype], zlib.crc32(f"{seed} {op} {name} {dtype}".encode()))
     return replace(SHAPES[op].build(draw, **read_shape(name)), op=op, name=name)

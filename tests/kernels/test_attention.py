@@ -8,8 +8,8 @@ import torch
 
 from kernels import attention, attention_eager, causal_attention, causal_attention_qkv
 from kernels.attention import attention_reference
+from kernels.checks import hold_rule
 from kernels.rng import dropout_keep_mask, make_key
-from kernels.verify import compare
 
 BACKENDS = ("eager", "triton")
 SITE = 20
@@ -60,8 +60,13 @@ def packed(q, k, v, **options):
     return causal_attention_qkv(qkv, **options).transpose(1, 2)
 
 
-def comparisons(tensors, do, function=causal_attention, **options):
+def comparisons(tensors, do, **options):
     """The 2x rule for o, dq, dk, dv."""
+    return hold_rule(measure(tensors, do, **options))
+
+
+def measure(tensors, do, function=causal_attention, **options):
+    """o, dq, dk, dv: fused, plain, and in float64."""
     reference_options = {k: v for k, v in options.items() if k != "backend"}
 
     def plain(q, k, v):
@@ -71,11 +76,20 @@ def comparisons(tensors, do, function=causal_attention, **options):
         actual = gradients_of(lambda *x: function(*x, **options), tensors, do)
     in_dtype = gradients_of(plain, tensors, do)
     exact = gradients_of(plain, [x.double() for x in tensors], do.double())
-    return [compare(name, actual[name], in_dtype[name], exact[name]) for name in exact]
+    return actual, in_dtype, exact
 
 
 def check(tensors, do, **options):
-    for comparison in comparisons(tensors, do, **options):
+    for comparison in hold_rule(measure(tensors, do, **options)):
+        assert comparison.passed, str(comparison)
+
+
+def check_shape(shape, device, dtype=torch.float32, seed=0, **options):
+    """As the certificate does: a breach must last over several draws."""
+    draws = (draw(shape, device, dtype, seed=seed + 100 * i) for i in range(16))
+    first, *others = ((tensors, do) for *tensors, do in draws)
+    more = (measure(*other, **options) for other in others)
+    for comparison in hold_rule(measure(*first, **options), more):
         assert comparison.passed, str(comparison)
 
 
@@ -92,6 +106,7 @@ SHAPES = [
     (1, 2, 17, 50, 5),
     (3, 2, 4, 40, 64),
     (1, 1, 18, 18, 256),
+    (1, 1, 1, 77, 64),
 ]
 
 
@@ -99,9 +114,9 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_2x_rule(backend, shape, dropout_p, device):
-    *tensors, do = draw(shape, device)
     key = make_key(5, 9, device=device)
-    check(tensors, do, dropout_p=dropout_p, key=key, site=SITE, backend=backend)
+    options = {"dropout_p": dropout_p, "key": key, "site": SITE, "backend": backend}
+    check_shape(shape, device, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -112,7 +127,7 @@ def test_2x_rule_half(backend, dtype, device):
     check(tensors, do, dropout_p=0.2, key=key, site=SITE, backend=backend)
 
 
-@pytest.mark.parametrize("seed", (0, 1, 3))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_2x_rule_random_shapes(backend, seed, device):
     generator = torch.Generator().manual_seed(seed)
@@ -123,10 +138,9 @@ def test_2x_rule_random_shapes(backend, seed, device):
     Tq = integer(1, 50)
     shape = integer(1, 2), integer(1, 3), Tq, Tq + integer(0, 20), integer(1, 96)
     scale = -0.3 if seed == 0 else integer(1, 9) / 10
-    *tensors, do = draw(shape, device, seed=seed)
     key = make_key(seed, 1, device=device)
     options = {"scale": scale, "dropout_p": integer(1, 8) / 10, "key": key, "site": SITE}
-    check(tensors, do, backend=backend, **options)
+    check_shape(shape, device, seed=seed, backend=backend, **options)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)

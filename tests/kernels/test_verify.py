@@ -120,6 +120,34 @@ def test_bits_tell_zeros_apart_and_nan_equals_itself():
     assert checks.bit_equal(a, {"x": torch.tensor([-0.0, math.nan])}) == ["x"]
 
 
+@pytest.mark.parametrize(
+    "errors, drawn, passed",
+    [
+        ([(1, 1)], 0, True),
+        ([(1, 0.4), (1, 1), (1, 1)], 2, True),  # plain PyTorch had luck, once
+        ([(3, 1), (3, 1), (3, 1)], 2, False),
+        ([(1, 0.4), (1, 1), (2.6, 1)], 2, False),
+        ([(11, 1)], 0, False),
+        ([(math.nan, 1)], 0, False),
+    ],
+    ids=("fine", "luck", "lasting", "not by the first alone", "gross", "NaN"),
+)
+def test_a_breach_must_last_over_all_draws(errors, drawn, passed):
+    """Errors of the op and of plain PyTorch in thousandths, the same in both norms."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(errors):
+        signs = torch.randn(100, generator=generator).sign().double()
+        fused, plain = (signs * (1 + 1e-3 * error) for error in errors)
+        return {"y": fused.float()}, {"y": plain.float()}, {"y": signs}
+
+    first, *others = map(draw, errors)
+    rest = iter(others)
+    (comparison,) = checks.hold_rule(first, rest)
+    assert comparison.passed == passed
+    assert len(list(rest)) == len(others) - drawn
+
+
 # Checks that must fail ------------------------------------------------------------------------
 
 
