@@ -14,6 +14,7 @@ QUESTIONS = {  # name -> share of the time that all of them get
     "mlp": 25,
     "cross_entropy": 25,
     "embedding": 10,
+    "kernels": 20,
     "step": 60,
     "generate": 15,
     "memory": 20,

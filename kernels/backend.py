@@ -105,7 +105,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         return
     if _recorder is not None:
         _recorder(kernel, grid, args, kwargs)
-        return
+        if device.type == "meta":
+            return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **kwargs)
@@ -114,10 +115,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
 
 
 @contextlib.contextmanager
-def recording(recorder: Callable[..., None], architecture: str) -> Iterator[None]:
-    """Within it, ops on meta tensors hand each launch to `recorder(kernel, grid, args, kwargs)`.
+def recording(recorder: Callable[..., None], architecture: str | None = None) -> Iterator[None]:
+    """Within it, each launch is handed to `recorder(kernel, grid, args, kwargs)`.
 
-    Launch plans see `architecture`, e.g. "sm_90" or "gfx942", instead of this machine's.
+    On meta tensors nothing else happens; on a device the kernel also runs. Launch plans see
+    `architecture`, e.g. "sm_90" or "gfx942", instead of this machine's, unless it is None.
     """
     global _recorder, _recorded_architecture
     _recorder, _recorded_architecture = recorder, architecture

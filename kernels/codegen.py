@@ -233,23 +233,24 @@ def examine(
 
     measured = measurements()
 
-    def compile_row(work: tuple[Case, str, Launch]) -> Row:
-        case, arch, launch = work
+    def compile_row(work: tuple[Case, str, int, Launch]) -> Row:
+        case, arch, number, launch = work
         row = {"op": case.op, "case": case.name, "kernel": launch.name, "arch": arch}
         try:
             report = compile_launch(launch.kernel, launch.grid, launch.args, launch.kwargs, arch)
         except (RuntimeError, TritonError) as error:  # the compiler's own: a row, not the end
             return row | {"error": _last_line(error)}
         row |= _figures(report, case, gpus[arch])
-        return row | {"measured_us": measured.get((row["gpu"], launch.name, case.name))}
+        key = row["gpu"], case.op, case.name, launch.name, number
+        return row | {"measured_us": measured.get(key)}
 
     rows: list[Row] = []
-    work: list[tuple[Case, str, Launch]] = []
+    work: list[tuple[Case, str, int, Launch]] = []
     for case, arch in itertools.product(cases, arches):
         if arch not in case.arches:
             continue
         try:
-            work.extend((case, arch, launch) for launch in _distinct(record(case, arch)))
+            work.extend((case, arch, *found) for found in distinct_launches(record(case, arch)))
         except RuntimeError as error:
             row = {"op": case.op, "case": case.name, "kernel": "-", "arch": arch}
             rows.append(row | {"error": f"no launch recorded: {_last_line(error)}"})
@@ -261,8 +262,11 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """The launches that can differ in code: by kernel, dtypes, alignment, integers, constants."""
+def distinct_launches(launches: Iterable[Launch]) -> list[tuple[int, Launch]]:
+    """The launches that can differ in code: by kernel, dtypes, alignment, integers, constants.
+
+    Each comes with its number, from 0, among those of its kernel.
+    """
 
     def look(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -273,7 +277,12 @@ def _distinct(launches: Iterable[Launch]) -> list[Launch]:
     for launch in launches:
         key = (launch.name, *map(look, launch.args), str(launch.kwargs))
         distinct.setdefault(key, launch)
-    return list(distinct.values())
+    seen: Counter[str] = Counter()
+    numbered = []
+    for launch in distinct.values():
+        numbered.append((seen[launch.name], launch))
+        seen[launch.name] += 1
+    return numbered
 
 
 def _figures(report: Report, case: Case, gpu: GPU) -> Row:
@@ -302,16 +311,18 @@ def _plain(constants: dict[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, keep) else str(v) for k, v in constants.items()}
 
 
-def measurements(folder: Path = MEASUREMENTS) -> dict[tuple[str, str, str], float]:
-    """Microseconds by (gpu, kernel, case), from the JSON files of `folder` that have them.
+def measurements(folder: Path = MEASUREMENTS) -> dict[tuple[str, str, str, str, int], float]:
+    """Microseconds by (gpu, op, case, kernel, number), from the JSON files of `folder`.
 
-    Such a file is an object with "kernel_times": [{"gpu", "kernel", "case", "us"}, ...].
+    `python -m bench kernels --json FILE` writes them, as "kernel_times": a list of objects with
+    these keys and "us"; number is that of `distinct_launches`.
     """
     times = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         for time in content.get("kernel_times", ()) if isinstance(content, dict) else ():
-            times[time["gpu"], time["kernel"], time["case"]] = time["us"]
+            key = (time[name] for name in ("gpu", "op", "case", "kernel", "number"))
+            times[tuple(key)] = time["us"]
     return times
 
 

@@ -84,6 +84,12 @@ GPUS = {
 }
 
 
+def product(device_name: str) -> str:
+    """The key of GPUS that a driver's name of a device means, e.g. "NVIDIA H200"; else the name."""
+    plain = device_name.replace(" ", "")
+    return next((name for name in GPUS if name in plain), device_name)
+
+
 def occupancy(
     arch: str, warps: int, registers: int, shared: int, tensor_memory: int = 0
 ) -> tuple[int, str]:

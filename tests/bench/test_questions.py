@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, models, step, time_to_loss
+from bench import kernels, memory, models, step, time_to_loss
+from bench import record as recording
 from bench import worker as workers
 from bench.__main__ import QUESTIONS
 from bench.conftest import QUESTIONS as PYTEST_QUESTIONS
@@ -18,12 +19,16 @@ from bench.timing import Stopwatch
 from bench.worker import Worker
 from gptcore.config import GPTConfig, TrainConfig
 from gptcore.model import GPT
+from kernels import backend
+from kernels.budgets import CASES
+from kernels.codegen import measurements
+from kernels.gpus import product
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy_gbps": 10.0, "matmul_tflops": 0.1, "dispatch_us": 5.0}
 OPTIONS = Options(device=CPU, dtype=torch.float32, seconds=1.0, quick=True)
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, dropout=0.0)
-CASED = [name for name in QUESTIONS if name not in ("time_to_loss", "ablation")]
+CASED = [name for name in QUESTIONS if name not in ("time_to_loss", "ablation", "kernels")]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -260,6 +265,83 @@ def test_a_trainer_that_breaks_ends_the_question_with_its_words(tmp_path, monkey
     monkeypatch.setattr(time_to_loss, "ROOT", tmp_path)
     with pytest.raises(RunError, match="no such thing"):
         time_to_loss.gptcore_run(OPTIONS, 1337)
+
+
+# ---- kernels ---------------------------------------------------------------------------------
+
+
+def small_case(op, name):
+    shipped = next(case for case in CASES if case.op == op)
+    sizes = {word[0]: int(word[1:]) for word in name.split("-")}
+    return dataclasses.replace(shipped, name=name, sizes=sizes, dtype=torch.float32)
+
+
+def test_kernel_times_are_what_codegen_reads(monkeypatch, tmp_path):
+    """Interpreted launches of two cases under a fake timer, through the record, into codegen."""
+    pytest.importorskip("triton", reason="needs triton")
+    if not backend.interpreting():
+        pytest.skip("launches on CPU tensors")
+    cases = [small_case("rotary_qkv", "B1-T4-H2-D16"), small_case("layer_norm", "M4-C16")]
+    monkeypatch.setattr(kernels, "CASES", cases)
+    monkeypatch.setattr(backend, "resolve", lambda *_: "triton")
+    restarted = []
+
+    def timer(launch, rounds):
+        before = [a.clone() for a in launch.args if isinstance(a, torch.Tensor)]
+        kernels.restart(launch)()
+        after = [a for a in launch.args if isinstance(a, torch.Tensor)]
+        assert all(map(torch.equal, before, after))  # it did run, and again does the same
+        restarted.append(launch.name)
+        return [3.0, 1.0, 2.0 + len(restarted)]
+
+    options = dataclasses.replace(OPTIONS, seconds=600.0)
+    content = kernels.answer(options, None, CEILINGS, None, timer)
+    assert not content["absent"] and restarted[:2] == ["_rotary_kernel"] * 2
+    recording.write({"kernel_times": content["kernel_times"]}, tmp_path / "gpu.json")
+    measured = measurements(tmp_path)
+    rotary = [("CPU", "rotary_qkv", "B1-T4-H2-D16", "_rotary_kernel", i) for i in range(2)]
+    assert [measured[key] for key in rotary] == [3.0, 3.0]
+    assert len(measured) == len(restarted) == len(content["tables"][0]["rows"]) - 1
+    assert {key[1] for key in measured} == {"rotary_qkv", "layer_norm"}
+
+
+def test_a_kernel_that_the_profile_lacks_is_absent_and_the_rest_goes_on(monkeypatch):
+    pytest.importorskip("triton", reason="needs triton")
+    if not backend.interpreting():
+        pytest.skip("launches on CPU tensors")
+    monkeypatch.setattr(kernels, "CASES", [small_case("rotary_qkv", "B1-T4-H2-D16")])
+    monkeypatch.setattr(backend, "resolve", lambda *_: "triton")
+    content = kernels.answer(OPTIONS, None, CEILINGS, None, lambda *_: [])
+    (reason,) = content["absent"].values()
+    assert "_rotary_kernel must show in the profile" in reason
+    assert content["kernel_times"] == []
+
+
+def test_without_a_gpu_kernels_say_so(capsys):
+    content = kernels.answer(OPTIONS, None, CEILINGS, None)
+    assert "kernel_times" not in content and "runs on a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_the_profiler_times_a_launch(device):
+    case = small_case("layer_norm", "M4096-C384")
+    timer = kernels.profiled(Stopwatch(device))
+    times = kernels.kernel_times(case, "this", device, timer, rounds=5)
+    assert times and all(len(t["samples_us"]) == 5 and 0 < t["us"] < 1e4 for t in times)
+
+
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA L4", "NVIDIA L4"),
+    ],
+)
+def test_a_driver_s_name_means_a_product(name, known):
+    assert product(name) == known
 
 
 # ---- options ---------------------------------------------------------------------------------

@@ -207,10 +207,10 @@ def test_difference_names_what_changed():
 
 
 def test_measurements_are_read(tmp_path):
-    time = {"gpu": "H200", "kernel": "_kernel", "case": "case", "us": 12.5}
-    (tmp_path / "a.json").write_text(json.dumps({"kernel_times": [time]}))
+    key = {"gpu": "H200", "op": "op", "case": "case", "kernel": "_kernel", "number": 1}
+    (tmp_path / "a.json").write_text(json.dumps({"kernel_times": [key | {"us": 12.5}]}))
     (tmp_path / "b.json").write_text("[]")
-    assert codegen.measurements(tmp_path) == {("H200", "_kernel", "case"): 12.5}
+    assert codegen.measurements(tmp_path) == {("H200", "op", "case", "_kernel", 1): 12.5}
 
 
 def test_every_budget_belongs_to_a_case():
@@ -395,12 +395,22 @@ def test_spills_are_stated_exceptions_of_attention():
     assert spilling == {("B64-T256-H6-D85-bf16-p0.2", kernel) for kernel in kernels}
 
 
-def test_measured_times_are_those_of_the_gpu_kernel_and_case(tmp_path):
+def test_measured_times_fill_their_rows_only(tmp_path, monkeypatch):
+    """What `bench kernels` writes ends up beside the bound of the same launch."""
+    case = next(case for case in CASES if case.op == "rotary_qkv")
+    gpu = GPUS["H200"]
+    (first, launch), (second, backward) = codegen.distinct_launches(codegen.record(case, "sm_90"))
+    assert (first, second) == (0, 1) and launch.name == backward.name == "_rotary_kernel"
+    key = {"op": case.op, "case": case.name, "kernel": launch.name}
     times = [
-        {"gpu": "H200", "kernel": "_forward_kernel", "case": "M16384-C384-bf16", "us": 7.5},
-        {"gpu": "H100", "kernel": "_forward_kernel", "case": "M16384-C384-bf16", "us": 9.0},
+        key | {"gpu": "H200", "number": 1, "us": 7.5},
+        key | {"gpu": "H100", "number": 0, "us": 9.0},
+        key | {"gpu": "H200", "number": 0, "us": 9.5, "case": "another"},
     ]
     (tmp_path / "h.json").write_text(json.dumps({"kernel_times": times}))
-    (tmp_path / "other.json").write_text("[]")
-    found = codegen.measurements(tmp_path)
-    assert found == {(t["gpu"], t["kernel"], t["case"]): t["us"] for t in times}
+    measured = codegen.measurements(tmp_path)
+    monkeypatch.setattr(codegen, "measurements", lambda: measured)
+    monkeypatch.setattr(codegen, "compile_launch", lambda *launch: launch)
+    monkeypatch.setattr(codegen, "_figures", lambda *_: {"gpu": gpu.name})
+    rows = codegen.examine([case], ["sm_90"], {"sm_90": gpu}, jobs=1)
+    assert [row["measured_us"] for row in rows] == [None, 7.5]
