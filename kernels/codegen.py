@@ -353,27 +353,49 @@ def stale(rows: Iterable[Row], cases: Iterable[Case], arches: Iterable[str]) -> 
 
 
 def difference(old: Iterable[Row], new: Iterable[Row]) -> list[list[str]]:
-    """What changed from `old` to `new`: [op, case, kernel, arch, figure, old, new] as strings."""
+    """What changed from `old` to `new`: [op, case, kernel, arch, figure, old, new] as strings.
+
+    A kernel launched several times in a case is named with the number of the launch, from 0.
+    """
     figures = (
-        *("registers", "spills", "stack", "shared", "occupancy", "tensor_core", "global_loads"),
+        *(
+            "warps",
+            "stages",
+            "registers",
+            "spills",
+            "stack",
+            "shared",
+            "occupancy",
+            "tensor_core",
+            "global_loads",
+        ),
         *("transcendental", "instructions", "loop", "error"),
     )
 
-    def index(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
-        names = ("op", "case", "kernel", "arch")
-        return {(*(row[n] for n in names), str(row.get("constants"))): row for row in rows}
+    def index(rows: Iterable[Row]) -> dict[tuple[str, str, str, str, int], Row]:
+        indexed, seen = {}, Counter()
+        for row in rows:
+            key = row["op"], row["case"], row["kernel"], row["arch"]
+            indexed[(*key, seen[key])] = row
+            seen[key] += 1
+        return indexed
 
     before, after = index(old), index(new)
     changes = []
     for key in dict.fromkeys((*before, *after)):
+        op, case, kernel, arch, number = key
+        name = [op, case, f"{kernel} {number}" if number else kernel, arch]
         if key not in before or key not in after:
             had, has = ("", "launched") if key in after else ("launched", "")
-            changes.append([*key[:4], "kernel", had, has])
+            changes.append([*name, "kernel", had, has])
             continue
-        for figure in figures:
-            a, b = before[key].get(figure), after[key].get(figure)
-            if a != b:
-                changes.append([*key[:4], figure, _cell(a), _cell(b)])
+        a, b = (
+            (row.get("constants") or {}) | {figure: row.get(figure) for figure in figures}
+            for row in (before[key], after[key])
+        )
+        for figure in dict.fromkeys((*a, *b)):
+            if a.get(figure) != b.get(figure):
+                changes.append([*name, figure, _cell(a.get(figure)), _cell(b.get(figure))])
     return changes
 
 

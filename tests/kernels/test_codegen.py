@@ -204,6 +204,14 @@ def test_difference_names_what_changed():
         ["tensor_core", "8xHGMMA.64x64x16.F32.BF16", "32xHMMA.16816"],
     ]
     assert codegen.difference([], [row])[0][4:] == ["kernel", "", "launched"]
+    slower = row | {"constants": {"BLOCK_M": 32}, "warps": 8}
+    assert [change[4:] for change in codegen.difference([row | {"warps": 4}], [slower])] == [
+        ["BLOCK_M", "64", "32"],
+        ["warps", "4", "8"],
+    ]
+    # Forward and backward by one kernel: each is held against its own.
+    (change,) = codegen.difference([row, other], [row, other | {"registers": 170}])
+    assert change[2:] == ["_kernel 1", "sm_90", "registers", "168", "170"]
 
 
 def test_measurements_are_read(tmp_path):
