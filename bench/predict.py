@@ -30,7 +30,7 @@ COPY_FRACTION = 4.3 / 4.8  # likewise
 PRODUCT_EFFICIENCY = 0.75  # of the rate of a large square product, shapes of a training step
 KERNEL_EFFICIENCY = 0.7  # a kernel's static bound over its time; none measured here yet
 GRAPH_GAP_S = 1.0e-6  # between kernels of a CUDA graph
-KERNELS = (20, 12)  # of one layer and of the rest, forward, backward and optimizer
+KERNELS = (22, 14)  # of one layer and of the rest, forward, backward and optimizer; 146 in 6 layers
 CPU_CALLS = (70, 90)  # dispatched operations of one layer and of the rest, autograd included
 # What one of them costs with Python and autograd around it, in bare calls: between 4 and 9 in the
 # steps of 64 to 256 channels on two AVX2 cores (bench/results/cpu.json).

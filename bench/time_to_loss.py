@@ -48,6 +48,7 @@ NANOGPT_COMMANDS = {
 }
 _NANOGPT_EVALUATION = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
 NANOGPT_SEED = 1337
+LEAST_SECONDS = 20.0  # in fewer no run gets anywhere
 
 Run = dict[str, Any]
 
@@ -256,6 +257,9 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
     runners = {OURS: gptcore_run}
     if options.wants("nanogpt"):
         runners["nanogpt"] = nanogpt_run
+    if options.run_seconds is not None and options.run_seconds < LEAST_SECONDS:
+        reason = f"{options.run_seconds:.0f} s are left; alone: python -m bench time_to_loss"
+        absent = dict.fromkeys(runners, reason)
     for seed in range(NANOGPT_SEED, NANOGPT_SEED + options.seeds):
         for who, runner in runners.items():
             if who in absent:

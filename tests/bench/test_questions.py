@@ -258,6 +258,13 @@ def test_a_run_out_of_time_has_not_reached_the_target(trainer):
     assert not run["reached"] and run["val_loss"] > -9
 
 
+def test_no_run_is_begun_that_gets_nowhere(trainer, capsys):
+    options = dataclasses.replace(OPTIONS, run_seconds=5.0)
+    content = time_to_loss.answer(options, None, None, None)
+    assert content["runs"] == [] and set(content["absent"]) == {"gptcore", "nanogpt"}
+    assert "gptcore skipped: 5 s are left; alone: python -m bench" in capsys.readouterr().out
+
+
 def test_a_trainer_that_breaks_ends_the_question_with_its_words(tmp_path, monkeypatch):
     from gptcore.config import RunError
 
