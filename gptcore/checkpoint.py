@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_saved
-from gptcore.distributed import cut_like
+from gptcore.distributed import deal, is_sharded
 from gptcore.files import fingerprint, read_json, sync_folder, write_text
 from gptcore.model import build_model
 from gptcore.optim import STATE_SLOTS
@@ -116,9 +116,10 @@ class Checkpoint:
         found = tensor_shapes(self.folder / "model.safetensors")
         check_fit(self.folder, found, {name: tuple(w.shape) for name, w in expected.items()})
         weights = self.read_weights()
-        with torch.no_grad():
-            for name, weight in expected.items():
-                weight.copy_(cut_like(weight, weights[name]))
+        if is_sharded(model):
+            deal(weights, model)
+        else:
+            model.load_state_dict(weights, strict=False)  # a shared one has two names
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         """The weights by name.
@@ -144,14 +145,18 @@ class Checkpoint:
             what = f"the state of --optimizer {type(optimizer).__name__.lower()}"
             check_fit(path, shapes, expected, what)
         tensors = read_tensors(path)
+        state = {
+            p: {slot: tensors[f"{name}/{slot}"] for slot in slots}
+            for p, name in names.items()
+            if shapes
+        }
+        if state and is_sharded(model):
+            deal({names[p]: kept for p, kept in state.items()}, model, optimizer)
+            return
         optimizer.state.clear()
-        for parameter, name in names.items() if shapes else ():
-            optimizer.state[parameter] = {
-                slot: cut_like(
-                    parameter,
-                    tensors[f"{name}/{slot}"].to(parameter.device, torch.float32, copy=True),
-                )
-                for slot in slots
+        for p, kept in state.items():
+            optimizer.state[p] = {
+                slot: tensor.to(p.device, torch.float32, copy=True) for slot, tensor in kept.items()
             }
 
 

@@ -8,10 +8,10 @@ Gradients are averaged over the ranks by torch's own engines, DistributedDataPar
 (`fully_shard`); the loss of a micro-batch counts N times its part of all targets of the step, so
 that the average is the gradient of the mean over the global batch, however uneven the parts are.
 
-A checkpoint is the same whoever writes it: rank 0 gathers what is sharded, tensor by tensor, and
-any number of processes reads it, each rank cutting out its part. (`get_optimizer_state_dict` of
-torch.distributed.checkpoint would first take a step with an optimizer that has no state yet, which
-its step counts then never forget.)
+A checkpoint is the same whoever writes it: torch.distributed.checkpoint gathers on rank 0 what is
+sharded, tensor by tensor, and any number of processes reads it, each taking its part. To an
+optimizer without state torch first gives some, by a step of learning rate 0: when saving, such an
+optimizer is therefore not asked, and when loading, what is loaded replaces all of it.
 
 What a rank has to tell the others while training is one flag a step, whether it was asked to
 stop. A rank that dies takes the job with it: torchrun ends the others.
@@ -65,6 +65,8 @@ class World:
             return
         if self.parallel == "fsdp" and config.compile:
             raise ConfigError("--compile does not go with --parallel fsdp; leave one of them out")
+        if self.parallel == "fsdp" and config.optimizer == "sgd":  # torch's, fused, takes no shards
+            raise ConfigError("--optimizer sgd does not go with --parallel fsdp; take adamw or ddp")
         if config.sequences // self.size < self.rounds(config):
             enough = max(2, -(-self.size // config.gradient_accumulation_steps))
             raise ConfigError(
@@ -277,31 +279,46 @@ def synchronised(engine: nn.Module, world: World, last: bool):
 
 
 # ---- from shards to whole tensors and back ----------------------------------------------------
+# torch.distributed.checkpoint is imported where something is sharded; others need not wait for it.
 
 
-def whole(tensors: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
-    """`tensors` with those that are sharded gathered, one at a time, on the CPU of rank 0.
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has cut the parameters of `model`."""
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
-    Every rank calls this; on the others they are empty.
+
+def whole(
+    tensors: dict[str, torch.Tensor], model: nn.Module, *optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """`tensors`, of `model` or else of `optimizer`; if sharded, gathered on the CPU of rank 0.
+
+    Every rank calls this; where they are sharded, the others get none.
     """
-    return {name: _whole(tensor, world) for name, tensor in tensors.items()}
+    if not tensors or not is_sharded(model):  # torch would take a step with an empty optimizer
+        return tensors
+    from torch.distributed.checkpoint import state_dict as sharded
+
+    options = {"full_state_dict": True, "cpu_offload": True, "flatten_optimizer_state_dict": True}
+    get = sharded.get_optimizer_state_dict if optimizer else sharded.get_model_state_dict
+    found = get(model, *optimizer, options=sharded.StateDictOptions(**options))
+    prefix = "state." if optimizer else ""
+    return {name: found[prefix + name.replace("/", ".")] for name in tensors if found}
 
 
-def _whole(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    if world.parallel != "fsdp" or not hasattr(tensor, "full_tensor"):
-        return tensor
-    full = tensor.detach().full_tensor()
-    return full.cpu() if world.rank == 0 else full.new_empty(0)
+def deal(whole: dict[str, Any], model: nn.Module, *optimizer: torch.optim.Optimizer) -> None:
+    """Give each rank's shards of `model` (or `optimizer`) their part of `whole`.
 
-
-def cut_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole `tensor` of the shape of a sharded `parameter`.
-
-    Where `parameter` is not sharded, or the shapes differ (step counts), `tensor` itself.
+    Args:
+        whole: tensors by parameter (of an optimizer, whose options stay, then by slot); all of
+            them on every rank.
     """
-    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor  # a second that others need not wait
+    from torch.distributed.checkpoint import state_dict as sharded
 
-    where = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor, *where, src_data_rank=None)  # nothing is sent
+    options = sharded.StateDictOptions(full_state_dict=True)
+    if not optimizer:
+        sharded.set_model_state_dict(model, whole, options=options)
+        return
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{"params": [names[p] for p in g["params"]]} for g in optimizer[0].param_groups]
+    state = {"state": whole, "param_groups": groups}
+    sharded.set_optimizer_state_dict(model, *optimizer, state, options=options)

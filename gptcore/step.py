@@ -131,7 +131,7 @@ class Step:
         """A model to sample from, on rank 0; every rank calls this."""
         if self.world.parallel != "fsdp" and not isinstance(self.compute, Rounded):
             return self.compute
-        weights = whole(named_weights(self.model), self.world)
+        weights = whole(named_weights(self.model), self.model)
         if self.world.rank:
             return None
         with torch.random.fork_rng(devices=[]):

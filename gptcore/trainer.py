@@ -466,10 +466,10 @@ def save(run: Run, *names: str) -> None:
 
     Raises: RunError if those before could not be written.
     """
-    fields = dataclasses.fields(Progress)
+    model, optimizer, fields = run.model, run.optimizer, dataclasses.fields(Progress)
     content = Content(
-        weights=whole(named_weights(run.model), run.world),
-        optimizer=whole(optimizer_tensors(run.model, run.optimizer), run.world),
+        weights=whole(named_weights(model), model),
+        optimizer=whole(optimizer_tensors(model, optimizer), model, optimizer),
         progress=Progress(**{field.name: getattr(run, field.name) for field in fields}),
         tokenizer=run.corpus.tokenizer,
         config_json=run.config_json,

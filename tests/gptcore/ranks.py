@@ -248,6 +248,20 @@ def judged_locally():
 
 
 @damaged
+def shard_dropped():
+    """What the last of two ranks holds does not come to rank 0."""
+    real = trainer.whole
+
+    def whole(tensors, *of):
+        found = {name: tensor.clone() for name, tensor in real(tensors, *of).items()}
+        for tensor in found.values():
+            tensor[(len(tensor) + 1) // 2 :].zero_() if tensor.ndim else None
+        return found
+
+    trainer.whole = whole
+
+
+@damaged
 def evaluation_not_summed():
     """Every rank believes its own part of the evaluation."""
     real = trainer.evaluate
@@ -316,6 +330,7 @@ DAMAGES = {
     "judged locally": judged_locally,
     "infinite gradient": lambda rank: infinite_once(3),
     "infinite gradient at first": lambda rank: infinite_once(0),
+    "shard dropped": shard_dropped,
     "evaluation not summed": evaluation_not_summed,
     "SIGTERM to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGTERM), 1),
     "SIGKILL to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGKILL), 1),

@@ -66,6 +66,7 @@ DAMAGES = {
     "mean of means": (3, "ddp", SUM, "sums, alone"),
     "never synchronised": (2, "ddp", [], "alone"),
     "clipped locally": (2, "fsdp", [], "alone"),
+    "shard dropped": (2, "fsdp", [], "alone"),
     "evaluation not summed": (2, "ddp", [], "alone"),
 }
 OTHERS = {
@@ -478,6 +479,8 @@ def test_what_does_not_go_together(prepared):
         prepared("--parallel=fsdp")
     with pytest.raises(ConfigError, match="--compile does not go with --parallel fsdp"):
         World(0, 2, "fsdp").check(TrainConfig(compile=True))
+    with pytest.raises(ConfigError, match="--optimizer sgd does not go with --parallel fsdp"):
+        World(0, 2, "fsdp").check(TrainConfig(optimizer="sgd"))
     assert "--parallel ddp" in eager_reason(TrainConfig(), torch.device("cuda"), World(0, 2, "ddp"))
 
 
