@@ -320,5 +320,7 @@ def deal(whole: dict[str, Any], model: nn.Module, *optimizer: torch.optim.Optimi
         return
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{"params": [names[p] for p in g["params"]]} for g in optimizer[0].param_groups]
-    state = {"state": whole, "param_groups": groups}
+    # Counts are kept as they come: views of a mapped file would hold it for the whole run.
+    own = {n: {s: x if x.ndim else x.clone() for s, x in kept.items()} for n, kept in whole.items()}
+    state = {"state": own, "param_groups": groups}
     sharded.set_optimizer_state_dict(model, *optimizer, state, options=options)
