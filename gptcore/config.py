@@ -315,10 +315,12 @@ def check_field(field: dataclasses.Field, value) -> None:
 
 
 def kinds_of(field: dataclasses.Field) -> tuple[type, ...]:
+    """The types that a field's annotation allows, e.g. (int, NoneType)."""
     return typing.get_args(field.type) or (field.type,)
 
 
 def kind_name(kinds: tuple[type, ...]) -> str:
+    """What to call a value of these types in a message to the user."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return next(names[kind] for kind in kinds if kind in names)
 

@@ -11,8 +11,9 @@ A bfloat16 copy of weights and gradients adds 4 P; the naive models keep (1, wit
 more a layer; the Triton kernels hold a tenth of the V. The last line is fitted to the peaks of
 the CPU's allocator (`python -m bench memory`): eleven settings of nanogpt-cpu, within a quarter.
 
-A batch is split by batch_size and gradient_accumulation_steps alone, and batches and dropout masks
-follow from a sequence's place in the step's whole batch: their product decides the result.
+On a CPU a micro-batch has at most `largest_micro_batch` sequences, whatever batch_size is. Batches
+and dropout masks follow from a sequence's place in the step's whole batch: however it is split,
+batch_size times gradient_accumulation_steps decides the result.
 """
 
 from __future__ import annotations

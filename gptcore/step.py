@@ -244,7 +244,8 @@ def largest_micro_batch(config: TrainConfig, model: GPTConfig, device_type: str)
     """Sequences that forward and backward take at once, at most batch_size.
 
     On a CPU larger ones only leave the caches: 64 sequences of the notebook's model take as long
-    in fours of 16 (11.9 s a step; at once 12.6 s), in less than half the memory (1.3 of 3.1 GB).
+    in fours of 16 (11.9 s a step; at once 12.6 s), in less than half the memory (1.3 of 3.1 GB; two
+    AVX2 cores, float32, torch 2.13).
     """
     if device_type != "cpu":
         return config.batch_size
@@ -302,7 +303,8 @@ def pick_dtype(
     if not may_be_half(device):
         return torch.float32, "this CPU has no bfloat16 products"
     key = make_key(config.seed, 0, 0, device)
-    idx, targets = corpus.batch(key, config.batch_size, model.config.block_size)
+    size = largest_micro_batch(config, model.config, device.type)
+    idx, targets = corpus.batch(key, size, model.config.block_size)
     contestants = {torch.float32: model, torch.bfloat16: HalfCopy(model, torch.bfloat16).model}
     best = dict.fromkeys(contestants, float("inf"))
     for _ in range(3):

@@ -93,6 +93,7 @@ def test_fitting_keeps_the_whole_batch():
     assert fitting(48, 0, needed, inf) is None
     assert fitting(48, 48, Need(100, 10, 4), 140) == 48  # cut into fours anyway
     assert fitting(48, 48, Need(100, 10, 4), 139) == 3
+    assert Need(100, 10, 4).bytes(48) == 140
 
 
 def test_free_memory_is_known_here(monkeypatch):

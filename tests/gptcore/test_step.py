@@ -143,12 +143,22 @@ def test_the_dtype_of_a_cpu_is_timed_where_it_has_bfloat16(prepared, monkeypatch
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert pick_dtype(*arguments) == (torch.float32, "this CPU has no bfloat16 products")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    sizes, draw, shape = [], run.corpus.batch, run.model.config
+    monkeypatch.setattr(step_module, "CPU_ELEMENTS", 2 * shape.block_size * shape.n_embd)
+
+    def batch(_, key, size, block_size):
+        sizes.append(size)
+        return draw(key, size, block_size)
+
+    monkeypatch.setattr(type(run.corpus), "batch", batch)
     for faster, expected in ((0, torch.float32), (1, torch.bfloat16)):
         # A clock that moves 1 s in the faster contestant and 5 s in the other.
         ticks = iter([0, 1, 1, 6] * 3 if faster == 0 else [0, 5, 5, 6] * 3)
         monkeypatch.setattr(step_module.time, "perf_counter", lambda ticks=ticks: next(ticks))
-        dtype, reason = pick_dtype(*arguments)
-        assert dtype == expected and "5000 ms" in reason or "1000 ms" in reason
+        took = ("1000", "5000") if faster == 0 else ("5000", "1000")
+        reason = "forward and backward took {} ms in float32, {} in bfloat16".format(*took)
+        assert pick_dtype(*arguments) == (expected, reason)
+    assert sizes == [2, 2]  # what a micro-batch has, not the whole batch
     monkeypatch.undo()
     assert all(p.grad is None for p in run.model.parameters())
     assert pick_dtype(*arguments[:2], run.config.replace(dtype="bfloat16"), arguments[3])[0] == (
