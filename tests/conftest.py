@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
     """Tests marked `gpu` skip without one; `slow` ones run only when asked for by -m."""
     wants_slow = "slow" in (config.option.markexpr or "")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
-        if "slow" in item.keywords and not wants_slow:
+        if item.get_closest_marker("slow") and not wants_slow:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
