@@ -206,9 +206,13 @@ WORK = {
     "_forward_kernel": _ROWS,
     "_backward_kernel": _ROWS,
     "_cross_entropy_kernel": Work(
-        tile=lambda c, s: c["BLOCK_M"] * min(c["BLOCK_V"], s["V"]),
+        tile=lambda c, s: c["BLOCK_M"] * s["V"],
         elements=lambda c, s, programs: programs * c["BLOCK_M"] * s["V"],
-        passes=2,  # over a row too long for one block: the maximum and sum, then the gradient
+    ),
+    "_long_cross_entropy_kernel": Work(
+        tile=lambda c, s: c["LANES"] * 8,
+        elements=lambda c, s, programs: programs * -(-s["V"] // c["LANES"] // 8) * c["LANES"] * 8,
+        passes=2,  # the maximum and sum, then the gradient
     ),
     "_embed_kernel": Work(
         tile=lambda c, s: c["BLOCK_M"] * min(c["BLOCK_C"], s["C"]),
@@ -403,28 +407,28 @@ linear_act M16384-K768-N3072-bf16-gelu
   _activation_backward_kernel sm_90 136 0 4096 3 - -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 cross_entropy M16384-V65-bf16
-  _cross_entropy_kernel sm_80 136 0 256 3 291.6 -
+  _cross_entropy_kernel sm_80 64 0 128 8 35.3 -
   _reduce_losses_kernel sm_80 56 0 32 4 - -
   _scale_kernel sm_80 40 0 0 12 - -
-  _cross_entropy_kernel sm_90 136 0 256 3 294.5 -
+  _cross_entropy_kernel sm_90 64 0 128 8 36.1 -
   _reduce_losses_kernel sm_90 56 0 32 4 - -
   _scale_kernel sm_90 40 0 0 12 - -
-  _cross_entropy_kernel sm_100 112 0 256 4 287.2 -
+  _cross_entropy_kernel sm_100 64 0 128 8 35.5 -
   _reduce_losses_kernel sm_100 56 0 32 4 - -
   _scale_kernel sm_100 32 0 0 16 - -
-  _cross_entropy_kernel gfx942 72 0 128 7 305.2 -
+  _cross_entropy_kernel gfx942 40 0 128 8 45.5 -
   _reduce_losses_kernel gfx942 40 0 32 4 - -
   _scale_kernel gfx942 32 0 0 8 - -
 cross_entropy M16384-V50257-bf16
-  _cross_entropy_kernel sm_90 56 0 32 4 46.9 -
+  _long_cross_entropy_kernel sm_90 48 0 64 2 20.8 -
   _reduce_losses_kernel sm_90 56 0 32 4 - -
   _scale_kernel sm_90 40 0 0 12 - -
 linear_cross_entropy M16384-C384-V65-bf16
-  _cross_entropy_kernel sm_90 64 0 64 8 72.4 -
+  _cross_entropy_kernel sm_90 72 0 2048 7 28.6 -
   _reduce_losses_kernel sm_90 56 0 32 4 - -
   _scale_kernel sm_90 40 0 0 12 - -
 linear_cross_entropy M16384-C768-V50257-bf16
-  _cross_entropy_kernel sm_90 48 0 32 5 37.5 -
+  _long_cross_entropy_kernel sm_90 48 0 64 2 20.8 -
   _reduce_losses_kernel sm_90 56 0 32 4 - -
   _scale_kernel sm_90 40 0 0 12 - -
 embed B64-T256-C384-V65-bf16-p0.2

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import autocast_dtype, jit, launch, resolve, tl
+from kernels.backend import autocast_dtype, resolve
+from kernels.cross_entropy_kernels import launch_cross_entropy, launch_reduce, launch_scale
 
 REDUCTIONS = ("mean", "sum", "none")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -62,233 +63,6 @@ def _check_range(op, targets, V, ignore_index):
         )
 
 
-# --- Triton kernels -------------------------------------------------------------------------------
-
-
-@jit
-def _cross_entropy_kernel(
-    logits_ptr,  # (M, V), columns contiguous
-    targets_ptr,  # (M,) int64
-    scales_ptr,  # (M,) float32 factors of the rows of dlogits; read if SCALED
-    losses_ptr,  # (M,) float32
-    dlogits_ptr,  # (M, V), columns contiguous; may be logits_ptr; written if GRADIENT
-    stride_zm,
-    stride_tm,
-    stride_dm,
-    M,
-    V,
-    columns,  # V, or more if rows are padded with columns free to read and write
-    ignore_index,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # columns <= BLOCK_V
-    GRADIENT: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """Losses and, in the same pass, gradients: program i owns BLOCK_M rows."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    rows = offs_m.to(tl.int64)
-    target = tl.load(targets_ptr + rows * stride_tm, mask=mask_m, other=ignore_index)
-    counts = target != ignore_index
-    in_range = (target >= 0) & (target < V)
-    label = tl.where(in_range, target, -1).to(tl.int32)  # compared V times: 32 bits do
-    logits_ptrs = logits_ptr + rows[:, None] * stride_zm
-    offs_v = tl.arange(0, BLOCK_V)
-    if ONE_BLOCK:
-        mask = mask_m[:, None] & (offs_v < columns)[None, :]
-        z = tl.load(logits_ptrs + offs_v[None, :], mask=mask, other=0.0)
-        z = tl.where((offs_v < V)[None, :], z.to(tl.float32), float("-inf"))
-        m = tl.max(z, 1)
-        m = tl.where(m == float("-inf"), 0.0, m)
-        e = tl.exp(z - m[:, None])
-        l = tl.sum(e, 1)
-        picked = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), 1)
-    else:
-        # Every thread has passed the barriers of the reductions below before any overwrites it.
-        picked_ptrs = logits_ptr + rows * stride_zm + target
-        picked = tl.load(picked_ptrs, mask=mask_m & in_range, other=0.0).to(tl.float32)
-        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(0, columns, BLOCK_V):
-            offs = start + offs_v
-            mask = mask_m[:, None] & (offs < columns)[None, :]
-            z = tl.load(logits_ptrs + offs[None, :], mask=mask, other=0.0)
-            z = tl.where((offs < V)[None, :], z.to(tl.float32), float("-inf"))
-            m_new = tl.maximum(m, tl.max(z, 1))
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            l = l * tl.exp(m - m_safe) + tl.sum(tl.exp(z - m_safe[:, None]), 1)
-            m = m_new
-        m = tl.where(m == float("-inf"), 0.0, m)
-    loss = tl.log(l) - (picked - m)
-    loss = tl.where(in_range, loss, float("nan"))
-    tl.store(losses_ptr + rows, tl.where(counts, loss, 0.0), mask=mask_m)
-    if GRADIENT:
-        scale = tl.where(in_range, 1.0, float("nan"))
-        if SCALED:
-            scale *= tl.load(scales_ptr + rows, mask=mask_m, other=0.0)
-        scale = tl.where(counts, scale, 0.0)
-        dlogits_ptrs = dlogits_ptr + rows[:, None] * stride_dm
-        if ONE_BLOCK:
-            p = e * (1.0 / l)[:, None]
-            dz = (p - (offs_v[None, :] == label[:, None]).to(tl.float32)) * scale[:, None]
-            dz = dz.to(dlogits_ptr.dtype.element_ty)
-            tl.store(dlogits_ptrs + offs_v[None, :], dz, mask=mask)
-        else:
-            for start in range(0, columns, BLOCK_V):
-                offs = start + offs_v
-                mask = mask_m[:, None] & (offs < columns)[None, :]
-                z = tl.load(logits_ptrs + offs[None, :], mask=mask, other=0.0)
-                z = tl.where((offs < V)[None, :], z.to(tl.float32), float("-inf"))
-                p = tl.exp(z - m[:, None]) * (1.0 / l)[:, None]
-                dz = (p - (offs[None, :] == label[:, None]).to(tl.float32)) * scale[:, None]
-                dz = dz.to(dlogits_ptr.dtype.element_ty)
-                tl.store(dlogits_ptrs + offs[None, :], dz, mask=mask)
-
-
-@jit
-def _reduce_losses_kernel(
-    losses_ptr,  # (M,) float32
-    targets_ptr,  # (M,) int64
-    loss_ptr,  # () float32
-    factor_ptr,  # () float32: 1 / N of the mean, else 1
-    stride_tm,
-    M,
-    ignore_index,
-    MEAN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Sum or mean of the losses: one program, one order of additions."""
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    number = tl.zeros((BLOCK_M,), tl.int32)
-    for start in range(0, M, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        mask = rows < M
-        target = tl.load(targets_ptr + rows * stride_tm, mask=mask, other=ignore_index)
-        total += tl.load(losses_ptr + rows, mask=mask, other=0.0)
-        number += (target != ignore_index).to(tl.int32)
-    loss = tl.sum(total, 0)
-    factor = 1.0
-    if MEAN:
-        N = tl.sum(number, 0).to(tl.float32)
-        factor = 1.0 / tl.maximum(N, 1.0)
-        loss = tl.where(N > 0, loss / tl.maximum(N, 1.0), float("nan"))
-    tl.store(loss_ptr, loss)
-    tl.store(factor_ptr, factor)
-
-
-@jit
-def _scale_kernel(
-    x_ptr,  # (M, K), contiguous
-    gradient_ptr,  # (M,), or one element with stride_gm = 0
-    factor_ptr,  # () float32
-    y_ptr,  # (M, K), contiguous
-    stride_gm,
-    M,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """y = x * gradient * factor: program i owns one tile of BLOCK_M rows and BLOCK_K columns."""
-    tiles_k = tl.cdiv(K, BLOCK_K)
-    rows = (tl.program_id(0) // tiles_k) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = (tl.program_id(0) % tiles_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = rows.to(tl.int64)
-    mask = (rows < M)[:, None] & (offs_k < K)[None, :]
-    gradient = tl.load(gradient_ptr + rows * stride_gm, mask=rows < M, other=0.0)
-    scale = gradient.to(tl.float32) * tl.load(factor_ptr)
-    offsets = rows[:, None] * K + offs_k[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, (x * scale[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
-
-
-# --- Launchers ------------------------------------------------------------------------------------
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _plan(columns: int) -> dict[str, int | bool]:
-    """Tiles of `_cross_entropy_kernel`: 16 or 32 logits a thread, whole rows while they fit."""
-    if columns > 8192:
-        return {"BLOCK_M": 1, "BLOCK_V": 4096, "ONE_BLOCK": False, "num_warps": 8}
-    BLOCK_V = max(16, _power_of_2(columns))
-    BLOCK_M = max(1, 2048 // BLOCK_V)
-    warps = max(4, BLOCK_M * BLOCK_V // 1024)
-    return {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "ONE_BLOCK": True, "num_warps": warps}
-
-
-def _launch_cross_entropy(logits, targets, scales, losses, dlogits, columns, ignore_index):
-    """Losses (M,) of logits (M, V) and, if `dlogits` is given, their gradients times `scales`."""
-    M, V = logits.shape
-    plan = _plan(columns)
-    launch(
-        _cross_entropy_kernel,
-        (-(-M // plan["BLOCK_M"]),),
-        logits,
-        targets,
-        losses if scales is None else scales,
-        losses,
-        logits if dlogits is None else dlogits,
-        logits.stride(0),
-        targets.stride(0),
-        0 if dlogits is None else dlogits.stride(0),
-        M,
-        V,
-        columns,
-        ignore_index,
-        GRADIENT=dlogits is not None,
-        SCALED=scales is not None,
-        **plan,
-    )
-
-
-def _launch_reduce(losses, targets, ignore_index, reduction):
-    """(loss, factor): the sum or mean, and what turns the gradient of the sum into its own."""
-    loss, factor = losses.new_empty(()), losses.new_empty(())
-    launch(
-        _reduce_losses_kernel,
-        (1,),
-        losses,
-        targets,
-        loss,
-        factor,
-        targets.stride(0),
-        losses.shape[0],
-        ignore_index,
-        MEAN=reduction == "mean",
-        BLOCK_M=2048,
-        num_warps=8,
-    )
-    return loss, factor
-
-
-def _launch_scale(x, gradient, factor, y):
-    """y = x * gradient * factor; gradient () or one element for each row of x."""
-    M, K = x.shape if gradient.ndim else (1, x.numel())
-    BLOCK_K = min(2048, max(16, _power_of_2(K)))
-    BLOCK_M = 2048 // BLOCK_K if M > 1 else 1
-    launch(
-        _scale_kernel,
-        (-(-M // BLOCK_M) * -(-K // BLOCK_K),),
-        x,
-        gradient,
-        factor,
-        y,
-        gradient.stride(0) if gradient.ndim else 0,
-        M,
-        K,
-        BLOCK_M=BLOCK_M,
-        BLOCK_K=BLOCK_K,
-        num_warps=4,
-    )
-
-
 # --- Binding of cross_entropy ---------------------------------------------------------------------
 
 
@@ -311,12 +85,12 @@ def _cross_entropy_forward(
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     losses = logits.new_empty(M, dtype=torch.float32)
     dlogits = logits.new_empty((M, V) if needs_gradient else (0, V))
-    _launch_cross_entropy(
-        logits, targets, None, losses, dlogits if needs_gradient else None, V, ignore_index
+    launch_cross_entropy(
+        logits, targets, None, losses, dlogits if needs_gradient else None, ignore_index
     )
     if reduction == "none":
         return losses, losses.new_ones(()), dlogits
-    return *_launch_reduce(losses, targets, ignore_index, reduction), dlogits
+    return *launch_reduce(losses, targets, ignore_index, reduction), dlogits
 
 
 def _scale(
@@ -324,7 +98,7 @@ def _scale(
 ) -> torch.Tensor:
     """x * gradient * factor in `dtype`; gradient () or one element for each row of x."""
     y = torch.empty_like(x, dtype=dtype)
-    _launch_scale(x, gradient, factor, y)
+    launch_scale(x, gradient, factor, y)
     return y
 
 
@@ -354,6 +128,10 @@ _cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_save
 # --- The fused linear layer: rows in chunks -------------------------------------------------------
 
 
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 def _rows_per_chunk(M: int, V: int, itemsize: int) -> int:
     """All rows if their logits are small, else a multiple of _CHUNK_ROWS near _CHUNK_BYTES."""
     rows = _CHUNK_BYTES // (V * itemsize)
@@ -361,7 +139,7 @@ def _rows_per_chunk(M: int, V: int, itemsize: int) -> int:
 
 
 def _eager_chunk(logits, targets, scales, losses, needs_gradient, ignore_index):
-    """What `_launch_cross_entropy` does, in torch ops; returns the gradients."""
+    """What `launch_cross_entropy` does, in torch ops; returns the gradients."""
     counts = targets != ignore_index
     column = torch.where(counts, targets, 0)[:, None]
     accumulation = torch.promote_types(logits.dtype, torch.float32)
@@ -413,7 +191,6 @@ def _linear_cross_entropy_forward(
 
     R = _rows_per_chunk(M, V, dtype.itemsize)
     buffer = x.new_empty((R, _round_up(V, _ROW_ALIGNMENT)), dtype=dtype)
-    columns = _round_up(V, 16)  # so many are safe to read, and masks then allow wide loads
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -428,9 +205,7 @@ def _linear_cross_entropy_forward(
                 torch.addmm(bias, x_c, weight.mT, out=logits)
             if triton:
                 dlogits = logits if needs_dlogits else None
-                _launch_cross_entropy(
-                    logits, targets_c, scales_c, losses_c, dlogits, columns, ignore_index
-                )
+                launch_cross_entropy(logits, targets_c, scales_c, losses_c, dlogits, ignore_index)
             else:
                 dlogits = _eager_chunk(
                     logits, targets_c, scales_c, losses_c, needs_dlogits, ignore_index
@@ -448,11 +223,11 @@ def _linear_cross_entropy_forward(
 
 
 def _reduce(losses, targets, ignore_index, reduction, triton):
-    """(loss, factor) of `_launch_reduce`, for every reduction and backend."""
+    """(loss, factor) of `launch_reduce`, for every reduction and backend."""
     if reduction == "none":
         return losses, losses.new_ones(())
     if triton:
-        return _launch_reduce(losses, targets, ignore_index, reduction)
+        return launch_reduce(losses, targets, ignore_index, reduction)
     loss, factor = losses.sum(), losses.new_ones(())
     if reduction == "mean":
         N = (targets != ignore_index).sum()

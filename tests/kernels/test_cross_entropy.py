@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cross_entropy, embed, linear_cross_entropy
+from kernels import cross_entropy, cross_entropy_kernels, embed, linear_cross_entropy
 from kernels.verify import compare
 
 module = importlib.import_module("kernels.cross_entropy")  # the package exports the function
@@ -95,8 +95,11 @@ def assert_passed(results):
 LOGITS = {
     "V1": (3, 5, 1),
     "V2": (7, 2),
+    "V3": (9, 3),
+    "V64": (5, 64),
     "V65": (2, 19, 65),
     "V1000": (3, 1000),
+    "V1025": (9, 1025),
     "V8193": (3, 8193),
     "V50257": (2, 50257),
 }
@@ -145,6 +148,38 @@ def test_strided_logits_and_targets(device, poisoned, backend, layout):
             [logits],
         )
     )
+
+
+@pytest.mark.parametrize("V", [65, *range(1025, 1034)])
+def test_each_alignment_of_rows_in_place(device, V):
+    """Gradients take the place of logits, whose neighbours in memory are neither read nor written.
+
+    Nine rows of an odd stride begin at every multiple of 2 bytes from a multiple of 16.
+    """
+    memory = torch.full((9, 1041), float("nan"), device=device)
+    logits, targets = memory[:, 3 : 3 + V], make_targets(device, (9,), V)
+    logits.copy_(randn(device, 9, V))
+    sums = {}
+    for dtype in (torch.float32, torch.float64):
+        z = logits.to(dtype, copy=True).requires_grad_()
+        loss = plain(z, targets, reduction="none")
+        sums[dtype] = loss.detach(), *torch.autograd.grad(loss.sum(), z)
+    for dlogits in (torch.full((9, V), float("nan"), device=device), logits):
+        losses = torch.full((9,), float("nan"), device=device)
+        cross_entropy_kernels.launch_cross_entropy(
+            logits, targets, None, losses, dlogits, ignore_index=IGNORED
+        )
+        fused = {"losses": losses, "dlogits": dlogits}
+        assert_passed(map(compare, fused, fused.values(), *sums.values()))
+    assert memory[:, :3].isnan().all() and memory[:, 3 + V :].isnan().all()
+
+
+def test_tiles_of_short_rows_cover_them():
+    """And no more of the first tile than the row has, which loads it without a mask of columns."""
+    for V in range(1, cross_entropy_kernels.SHORT_ROWS + 1):
+        plan = cross_entropy_kernels.short_plan(V)
+        assert plan["MAIN"] * plan["LANES"] <= V <= (plan["MAIN"] + plan["TAIL"]) * plan["LANES"]
+        assert plan["BLOCK_M"] * plan["LANES"] == 256
 
 
 LINEAR = {
@@ -379,13 +414,13 @@ def test_only_needed_gradients(device, chunked, backend, needed):
 
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
 def test_no_gradient_is_computed_under_no_grad(device, chunked, monkeypatch, op):
-    written, launch = [], module.launch
+    written, launch = [], cross_entropy_kernels.launch
 
     def spy(kernel, grid, *args, **kwargs):
         written.append(kwargs.get("GRADIENT", False))
         launch(kernel, grid, *args, **kwargs)
 
-    monkeypatch.setattr(module, "launch", spy)
+    monkeypatch.setattr(cross_entropy_kernels, "launch", spy)
     inputs, targets = linear_inputs(device)
     with torch.no_grad():
         if op == "cross_entropy":
@@ -513,7 +548,7 @@ def _change(**changes):
     """A launch with some arguments replaced by functions of all of them."""
 
     def damage(monkeypatch):
-        launch = module.launch
+        launch = cross_entropy_kernels.launch
 
         def damaged(kernel, grid, *args, **kwargs):
             names = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -521,7 +556,7 @@ def _change(**changes):
             positional = [names.pop(name) for name in kernel.arg_names]
             launch(kernel, grid, *positional, **names)
 
-        monkeypatch.setattr(module, "launch", damaged)
+        monkeypatch.setattr(cross_entropy_kernels, "launch", damaged)
 
     return damage
 
@@ -539,7 +574,7 @@ DAMAGES = {
     "ignored rows count": _change(ignore_index=lambda names: -1),
     "mean not divided": _change(MEAN=lambda names: False),
     "gradient not scaled": _replace(
-        "_launch_scale", lambda scale: lambda x, g, f, y: scale(x, torch.ones_like(g), f, y)
+        "launch_scale", lambda scale: lambda x, g, f, y: scale(x, torch.ones_like(g), f, y)
     ),
     "last chunk only": _replace(
         "_accumulate_product",
