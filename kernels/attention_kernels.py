@@ -70,16 +70,52 @@ def _probabilities(s, visible, qk_scale, lse, inv_l, MASKED: tl.constexpr, EXACT
 
 
 @jit
-def _tile(ptr, offs_t, stride_t, stride_d, BLOCK_D: tl.constexpr):
-    """Pointers (BLOCK, BLOCK_D) to the rows offs_t (BLOCK,)."""
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+def _tile(ptr, offs_t, stride_t, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers (BLOCK, BLOCK_D) to the rows offs_t (BLOCK,), or of odd rows (BLOCK, 32).
+
+    Elements of odd rows are loaded one by one. A thread then has one pointer for all chunks of 32
+    in a row, whose distances are constants in the instructions, and not one for every element.
+    """
+    offs_d = tl.arange(0, 32 if HEAD_DIM % 8 and BLOCK_D > 32 else BLOCK_D).to(tl.int64)
     return ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :] * stride_d
 
 
 @jit
+def _chunks(ptrs, stride_d, BLOCK_D: tl.constexpr):
+    """(pointers, columns) of all elements in a `_tile`: if it is odd (BLOCK_D // 32, BLOCK, 32)."""
+    offs_d = tl.arange(0, ptrs.shape[1])[None, :]
+    if ptrs.shape[1] < BLOCK_D:
+        chunks = tl.arange(0, BLOCK_D // ptrs.shape[1])[:, None, None] * ptrs.shape[1]
+        ptrs, offs_d = ptrs + chunks.to(tl.int64) * stride_d, offs_d + chunks
+    return ptrs, offs_d
+
+
+@jit
+def _load(tile, mask, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows (BLOCK, BLOCK_D) of a `_tile`; 0 where mask (BLOCK, 1), if any, is not set."""
+    ptrs, offs_d = _chunks(tile, stride_d, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    x = tl.load(ptrs, mask=mask_d if mask is None else mask_d & mask, other=0.0)
+    if tile.shape[1] < BLOCK_D:
+        x = tl.reshape(tl.permute(x, (1, 0, 2)), (tile.shape[0], BLOCK_D))
+    return x
+
+
+@jit
+def _store(tile, x, mask, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write x (BLOCK, BLOCK_D) to those rows of a `_tile` where mask (BLOCK, 1) is set."""
+    ptrs, offs_d = _chunks(tile, stride_d, BLOCK_D)
+    x = x.to(tile.dtype.element_ty)
+    if tile.shape[1] < BLOCK_D:
+        WIDTH: tl.constexpr = tile.shape[1]
+        x = tl.permute(tl.reshape(x, (tile.shape[0], BLOCK_D // WIDTH, WIDTH)), (1, 0, 2))
+    tl.store(ptrs, x, mask=(offs_d < HEAD_DIM) & mask)
+
+
+@jit
 def _forward_tiles(
-    acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk, qk_scale,
-    seed, step, plane, site, threshold,
+    acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, low, high,
+    offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -90,11 +126,10 @@ def _forward_tiles(
     """
     PARTS: tl.constexpr = 4 if EXACT and PRECISION == "ieee" else 1
     offs_n = lane_order(BLOCK_N, QUADS)
-    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_n in range(low, high, BLOCK_N):
         step_n = tl.cast(start_n, tl.int64)
-        mask = mask_d & ((start_n + offs_n)[:, None] < Tk) if MASKED else mask_d
-        k = tl.load(k_ptrs + step_n * stride_kt, mask=mask, other=0.0)
+        mask = (start_n + offs_n)[:, None] < Tk if MASKED else None
+        k = _load(k_ptrs + step_n * stride_kt, mask, stride_kd, HEAD_DIM, BLOCK_D)
         s = _dot_rows(q, k, PRECISION, WIDEN, PARTS)
         if MASKED:
             s = tl.where((start_n + offs_n)[None, :] <= offs_m[:, None], s, float("-inf"))
@@ -106,7 +141,7 @@ def _forward_tiles(
         if DROPOUT:
             keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
             p = tl.where(keep, p, qk_scale * 0.0)
-        v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
+        v = _load(v_ptrs + step_n * stride_vt, mask, stride_vd, HEAD_DIM, BLOCK_D)
         acc = _dot(p.to(v.dtype), v, acc, PRECISION, WIDEN)
         m_i = m_new
     return acc, m_i, l_i
@@ -136,16 +171,16 @@ def _attention_forward_kernel(
     start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     rows = start_m + tl.arange(0, BLOCK_M)
-    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    mask = mask_d & (rows[:, None] < Tq)
+    mask = rows[:, None] < Tq
     offs_m = rows + (Tk - Tq)
 
     q_base, o_base = q_ptr + b * stride_qb + h * stride_qh, o_ptr + b * stride_ob + h * stride_oh
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
-    q = tl.load(_tile(q_base, rows, stride_qt, stride_qd, BLOCK_D), mask, other=0.0)
+    tile = _tile(q_base, rows, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
+    q = _load(tile, mask, stride_qd, HEAD_DIM, BLOCK_D)
     offs_n = lane_order(BLOCK_N, QUADS)
-    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, BLOCK_D)
-    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, BLOCK_D)
+    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
+    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
         plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
@@ -159,19 +194,19 @@ def _attention_forward_kernel(
     full = (start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N
     high = tl.minimum(start_m + BLOCK_M, Tq) + Tk - Tq
     acc, m_i, l_i = _forward_tiles(
-        acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk, qk_scale,
-        seed, step, plane, site, threshold,
+        acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, 0, full,
+        offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
         HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
     )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
-        acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk, qk_scale,
-        seed, step, plane, site, threshold,
+        acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, full, high,
+        offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
         HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True,
     )  # fmt: skip
 
     o = acc * (keep_scale / l_i)[:, None]
-    o_ptrs = _tile(o_base, rows, stride_ot, stride_od, BLOCK_D)
-    tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask)
+    o_ptrs = _tile(o_base, rows, stride_ot, stride_od, HEAD_DIM, BLOCK_D)
+    _store(o_ptrs, o, mask, stride_od, HEAD_DIM, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
     tl.store(lse_ptr + rows, m_i if EXACT else m_i + tl.log2(l_i), rows < Tq)
     if EXACT:
@@ -181,8 +216,8 @@ def _attention_forward_kernel(
 
 @jit
 def _dq_tiles(
-    acc, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, low, high, offs_m, Tk,
-    qk_scale, seed, step, plane, site, threshold,
+    acc, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd,
+    low, high, offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
     MASKED: tl.constexpr, ONLY_DELTA: tl.constexpr,
@@ -190,12 +225,11 @@ def _dq_tiles(
     """Add to acc, dq (BLOCK_M, BLOCK_D) or delta (BLOCK_M,), what keys low ... high contribute."""
     PARTS: tl.constexpr = 4 if EXACT and PRECISION == "ieee" else 1
     offs_n = lane_order(BLOCK_N, QUADS)
-    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_n in range(low, high, BLOCK_N):
         step_n = tl.cast(start_n, tl.int64)
-        mask = mask_d & ((start_n + offs_n)[:, None] < Tk) if MASKED else mask_d
-        k = tl.load(k_ptrs + step_n * stride_kt, mask=mask, other=0.0)
-        v = tl.load(v_ptrs + step_n * stride_vt, mask=mask, other=0.0)
+        mask = (start_n + offs_n)[:, None] < Tk if MASKED else None
+        k = _load(k_ptrs + step_n * stride_kt, mask, stride_kd, HEAD_DIM, BLOCK_D)
+        v = _load(v_ptrs + step_n * stride_vt, mask, stride_vd, HEAD_DIM, BLOCK_D)
         s = _dot_rows(q, k, PRECISION, WIDEN, PARTS)
         visible = (start_n + offs_n)[None, :] <= offs_m[:, None]
         p = _probabilities(s, visible, qk_scale, lse[:, None], inv_l[:, None], MASKED, EXACT)
@@ -234,17 +268,19 @@ def _attention_dq_kernel(
     start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     rows = start_m + tl.arange(0, BLOCK_M)
-    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    mask = mask_d & (rows[:, None] < Tq)
+    mask = rows[:, None] < Tq
     offs_m = rows + (Tk - Tq)
 
     q_base, o_base = q_ptr + b * stride_qb + h * stride_qh, o_ptr + b * stride_ob + h * stride_oh
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     do_base, dq_base = do_ptr + b * stride_dob + h * stride_doh, dq_ptr + b * stride_dqb
     dq_base += h * stride_dqh
-    q = tl.load(_tile(q_base, rows, stride_qt, stride_qd, BLOCK_D), mask, other=0.0)
-    o = tl.load(_tile(o_base, rows, stride_ot, stride_od, BLOCK_D), mask, other=0.0)
-    do = tl.load(_tile(do_base, rows, stride_dot, stride_dod, BLOCK_D), mask, other=0.0)
+    tile = _tile(q_base, rows, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
+    q = _load(tile, mask, stride_qd, HEAD_DIM, BLOCK_D)
+    tile = _tile(o_base, rows, stride_ot, stride_od, HEAD_DIM, BLOCK_D)
+    o = _load(tile, mask, stride_od, HEAD_DIM, BLOCK_D)
+    tile = _tile(do_base, rows, stride_dot, stride_dod, HEAD_DIM, BLOCK_D)
+    do = _load(tile, mask, stride_dod, HEAD_DIM, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
     lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
     inv_l = lse
@@ -252,8 +288,8 @@ def _attention_dq_kernel(
         planes = tl.num_programs(0) // tiles
         inv_l = tl.load(lse_ptr + planes.to(tl.int64) * Tq + rows, rows < Tq, other=0.0)
     offs_n = lane_order(BLOCK_N, QUADS)
-    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, BLOCK_D)
-    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, BLOCK_D)
+    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
+    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
         plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
@@ -266,37 +302,40 @@ def _attention_dq_kernel(
         # rowsum(P * dP) rounds with dP, which rowsum(do * o) does not: it halves the error of ds.
         delta = tl.zeros((BLOCK_M,), tl.float32)
         delta = _dq_tiles(
-            delta, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m,
-            Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT,
-            QUADS, PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=True,
+            delta, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt,
+            stride_vd, 0, full, offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM,
+            BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
+            ONLY_DELTA=True,
         )  # fmt: skip
         delta = _dq_tiles(
-            delta, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high,
-            offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N,
-            DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=True,
+            delta, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt,
+            stride_vd, full, high, offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True,
+            ONLY_DELTA=True,
         )  # fmt: skip
     else:
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
     tl.store(delta_ptr + bh.to(tl.int64) * Tq + rows, delta, rows < Tq)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _dq_tiles(
-        dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, full, offs_m, Tk,
-        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS,
-        PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=False,
+        dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, 0,
+        full, offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N,
+        DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=False,
     )  # fmt: skip
     dq = _dq_tiles(
-        dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, full, high, offs_m, Tk,
-        qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS,
-        PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=False,
+        dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd,
+        full, high, offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D,
+        BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=False,
     )  # fmt: skip
-    dq_ptrs = _tile(dq_base, rows, stride_dqt, stride_dqd, BLOCK_D)
-    tl.store(dq_ptrs, (dq * dq_scale).to(dq_ptr.dtype.element_ty), mask)
+    dq_ptrs = _tile(dq_base, rows, stride_dqt, stride_dqd, HEAD_DIM, BLOCK_D)
+    _store(dq_ptrs, dq * dq_scale, mask, stride_dqd, HEAD_DIM, BLOCK_D)
 
 
 @jit
 def _dkdv_tiles(
-    dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_dot,
-    low, high, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
+    dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_qd,
+    stride_dot, stride_dod, low, high, start_n, Tq, Tk, qk_scale,
+    seed, step, plane, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     EXACT: tl.constexpr, MASKED: tl.constexpr,
@@ -304,13 +343,12 @@ def _dkdv_tiles(
     """Add to dk, dv (BLOCK_N, BLOCK_D) what the queries low ... high contribute."""
     PARTS: tl.constexpr = 4 if EXACT and PRECISION == "ieee" else 1
     offs_n = start_n + lane_order(BLOCK_N, QUADS)
-    mask_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     for start_m in range(low, high, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
         step_m = tl.cast(start_m, tl.int64)
-        mask = mask_d & (rows[:, None] < Tq)
-        q = tl.load(q_ptrs + step_m * stride_qt, mask=mask, other=0.0)
-        do = tl.load(do_ptrs + step_m * stride_dot, mask=mask, other=0.0)
+        mask = rows[:, None] < Tq
+        q = _load(q_ptrs + step_m * stride_qt, mask, stride_qd, HEAD_DIM, BLOCK_D)
+        do = _load(do_ptrs + step_m * stride_dot, mask, stride_dod, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
         delta = tl.load(delta_ptr + rows, rows < Tq, other=0.0)
         inv_l = tl.load(inv_l_ptr + rows, rows < Tq, other=0.0) if EXACT else lse
@@ -354,16 +392,18 @@ def _attention_dkdv_kernel(
     start_n = tl.program_id(0) % tiles * BLOCK_N
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     cols = start_n + lane_order(BLOCK_N, QUADS)
-    mask = (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM) & (cols[:, None] < Tk)
+    mask = cols[:, None] < Tk
 
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     q_base, do_base = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob
     do_base += h * stride_doh
-    k = tl.load(_tile(k_base, cols, stride_kt, stride_kd, BLOCK_D), mask, other=0.0)
-    v = tl.load(_tile(v_base, cols, stride_vt, stride_vd, BLOCK_D), mask, other=0.0)
+    tile = _tile(k_base, cols, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
+    k = _load(tile, mask, stride_kd, HEAD_DIM, BLOCK_D)
+    tile = _tile(v_base, cols, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
+    v = _load(tile, mask, stride_vd, HEAD_DIM, BLOCK_D)
     offs_m = tl.arange(0, BLOCK_M)
-    q_ptrs = _tile(q_base, offs_m, stride_qt, stride_qd, BLOCK_D)
-    do_ptrs = _tile(do_base, offs_m, stride_dot, stride_dod, BLOCK_D)
+    q_ptrs = _tile(q_base, offs_m, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
+    do_ptrs = _tile(do_base, offs_m, stride_dot, stride_dod, HEAD_DIM, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
     inv_l_ptr = lse_ptr + (tl.num_programs(0) // tiles).to(tl.int64) * Tq
     delta_ptr += bh.to(tl.int64) * Tq
@@ -380,21 +420,23 @@ def _attention_dkdv_kernel(
     full = tl.maximum(start_n + BLOCK_N - 1 - (Tk - Tq), 0)
     full = tl.minimum(tl.cdiv(full, BLOCK_M) * BLOCK_M, Tq)
     dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_dot,
-        low, full, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True,
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_qd,
+        stride_dot, stride_dod, low, full, start_n, Tq, Tk, qk_scale, seed, step, plane, site,
+        threshold, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT,
+        MASKED=True,
     )  # fmt: skip
     dk, dv = _dkdv_tiles(
-        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_dot,
-        full, Tq, start_n, Tq, Tk, qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
+        dk, dv, k, v, q_ptrs, do_ptrs, lse_ptr, inv_l_ptr, delta_ptr, stride_qt, stride_qd,
+        stride_dot, stride_dod, full, Tq, start_n, Tq, Tk, qk_scale, seed, step, plane, site,
+        threshold, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT,
+        MASKED=False,
     )  # fmt: skip
     dk_base, dv_base = dk_ptr + b * stride_dkb, dv_ptr + b * stride_dvb
     dk_base, dv_base = dk_base + h * stride_dkh, dv_base + h * stride_dvh
-    dk_ptrs = _tile(dk_base, cols, stride_dkt, stride_dkd, BLOCK_D)
-    dv_ptrs = _tile(dv_base, cols, stride_dvt, stride_dvd, BLOCK_D)
-    tl.store(dk_ptrs, (dk * dk_scale).to(dk_ptr.dtype.element_ty), mask)
-    tl.store(dv_ptrs, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask)
+    dk_ptrs = _tile(dk_base, cols, stride_dkt, stride_dkd, HEAD_DIM, BLOCK_D)
+    dv_ptrs = _tile(dv_base, cols, stride_dvt, stride_dvd, HEAD_DIM, BLOCK_D)
+    _store(dk_ptrs, dk * dk_scale, mask, stride_dkd, HEAD_DIM, BLOCK_D)
+    _store(dv_ptrs, dv * keep_scale, mask, stride_dvd, HEAD_DIM, BLOCK_D)
 
 
 @dataclass(frozen=True)
@@ -429,9 +471,10 @@ _PLANS = {
 }
 
 
-# sm_90, D = 85: of the plans tried those of the least static bound, 45.9 and 49.4 us on an H200 at
-# the notebook's size (52.8 and 61.9 with the plans above), and half their spills; none has none.
-_ODD_ROWS = {"dq": Plan(128, 32, 8, 1), "dkdv": Plan(32, 128, 8, 1)}
+# sm_90, D = 85: of the plans tried those of the least static bound, 23.4 and 33.5 us on an H200 at
+# the notebook's size. dkdv spills, mostly what it needs after its loops; (16, 64, 8, 1) does not,
+# but takes 46.7.
+_ODD_ROWS = {"dq": Plan(128, 32, 8, 1), "dkdv": Plan(16, 128, 8, 1)}
 
 
 def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bool) -> Plan:
@@ -443,9 +486,9 @@ def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bo
     if dtype == torch.float32:
         # Below 64 rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
         return Plan(32, 16 if kernel == "dq" else 32, 4, 1)
-    if D > 64 and D % 8:  # of odd rows each element has a pointer
+    if D > 64 and D % 8:  # elements of odd rows are loaded one by one
         if kernel == "forward":
-            return Plan(64, 16, 4, 1)  # 32 keys spill
+            return Plan(64, 32, 4, 1)  # 64 keys spill
         if architecture == "sm_90":
             return _ODD_ROWS[kernel]
     return _PLANS.get(architecture, _PLANS["sm_80"])[D > 64][kernel]

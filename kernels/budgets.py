@@ -333,9 +333,9 @@ causal_attention B4-T4096-H12-D128-bf16-p0.2
   _attention_dq_kernel sm_100 136 0 115712 1 30.0 UTCHMMA
   _attention_dkdv_kernel sm_100 176 0 73736 1 36.9 UTCHMMA
 causal_attention B64-T256-H6-D85-bf16-p0.2
-  _attention_forward_kernel sm_90 255 0 20480 2 67.7 HGMMA
-  _attention_dq_kernel sm_90 255 298 81920 1 38.1 HGMMA
-  _attention_dkdv_kernel sm_90 255 363 98304 1 56.8 HGMMA
+  _attention_forward_kernel sm_90 255 0 24576 2 39.7 HGMMA
+  _attention_dq_kernel sm_90 248 0 81920 1 27.5 HGMMA
+  _attention_dkdv_kernel sm_90 255 55 77824 1 54.9 HGMMA
 causal_attention B64-T256-H6-D64-fp32-p0.2
   _attention_forward_kernel sm_90 255 0 20480 2 214.2 -
   _attention_dq_kernel sm_90 152 0 22528 3 306.4 -
