@@ -247,7 +247,9 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     compile: bool = _option(False, "run the model through torch.compile")
-    cuda_graph: bool = _option(True, "on a GPU, capture the whole step in one CUDA graph")
+    cuda_graph: bool = _option(
+        True, "replay updates: on a GPU from one CUDA graph, on a CPU, if small, as a list of ops"
+    )
     parallel: str = _option(
         "auto",
         "between the processes of torchrun: ddp or fsdp; auto: ddp",

@@ -131,12 +131,15 @@ def _labelled(update) -> Iterator[None]:
         (update, "_fetch", DATA),
         (update.guard, "inspect", OPTIMIZER),
         (rng, "_keep_numpy", OTHER),  # dropout masks: no op of torch's
+        (rng.MasksAhead, "_draw", OTHER),
     )
     before = [vars(owner).get(name) for owner, name, _ in marks]
     for owner, name, kind in marks:
         setattr(owner, name, record_function(kind)(getattr(owner, name)))
+    replay = update.replay.labelled(ATTENTION) if update.replay else contextlib.nullcontext()
     try:
-        yield
+        with replay:
+            yield
     finally:
         for (owner, name, _), function in zip(marks, before, strict=True):
             if function is None:

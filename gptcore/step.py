@@ -2,7 +2,8 @@
 
 What an update reads that changes from one to the next is the step, in the key, and the learning
 rate. On a GPU both live there, so that after a few eager updates the whole of one is captured in
-a CUDA graph and replayed from then on: one launch instead of hundreds, the same bits.
+a CUDA graph and replayed from then on: one launch instead of hundreds, the same bits. On a CPU a
+small model's forward and backward are replayed likewise, as a list of ops (`gptcore.replay`).
 
 In bfloat16 the optimizer holds float32 master weights; a bfloat16 copy of the model computes, and
 gradients of micro-batches add up in float32.
@@ -23,10 +24,14 @@ from gptcore.distributed import ALONE, Rounded, World, engine, synchronised, who
 from gptcore.guard import Guard
 from gptcore.model import build_model
 from gptcore.optim import apply_schedule
+from gptcore.replay import Replay
 from kernels.rng import make_key
 
 EAGER_UPDATES = 3  # before capture: lazy initialisation, autotuning, allocator
 CPU_ELEMENTS = 16 * 256 * 384  # tokens * n_embd in a micro-batch on a CPU
+# Probabilities of attention in a layer, and elements of an activation, up to which a CPU replays:
+# kernels.attention runs them in one piece and one thread, and Python is what takes the time.
+REPLAY_ELEMENTS = 1 << 18
 
 
 class HalfCopy:
@@ -74,7 +79,7 @@ class Step:
         world: the processes that share each update; with FSDP `model` is sharded.
     Attributes:
         compute: the module that forward runs: `model`, or what computes it in `dtype`.
-        eager_reason: why no CUDA graph is used, None if one is.
+        eager_reason: why updates are not replayed, None if they are.
     """
 
     def __init__(
@@ -112,14 +117,17 @@ class Step:
         if hasattr(corpus, "train") and corpus.train.device.type == "cpu":
             self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.eager_reason = eager_reason(config, device, world)
+        self.eager_reason = eager_reason(config, model.config, device, dtype, world)
         self.guard = Guard(optimizer, device, step)
         self.updates, self.graph, self.loss = 0, None, None
+        self.replay, self.proven = None, False
 
     @property
     def how(self) -> str:
         """How updates run, in words."""
         how = "captured in one CUDA graph"
+        if self.device.type == "cpu":
+            how = "forward and backward replayed as a list of ops"
         if self.eager_reason is not None:
             how = f"eager, because {self.eager_reason}"
         if len(self.micro_batches) > 1:
@@ -149,7 +157,7 @@ class Step:
         apply_schedule(self.optimizer, self.step, self.config)
         if self.stream is not None and self.device.type != "cpu":
             self._fetch()
-        if self.eager_reason is None:
+        if self.eager_reason is None and self.device.type != "cpu":
             loss = self._on_gpu()
         else:
             loss = self._update()
@@ -161,7 +169,8 @@ class Step:
         """Go on from `step`, whose weights and optimizer state have just been loaded."""
         self.step = self.guard.looked = step
         self.key.copy_(make_key(self.config.seed, step, 0, self.device))
-        self.updates, self.graph = 0, None  # a captured update holds the state of before
+        # What was captured holds the state of before.
+        self.updates, self.graph, self.replay, self.proven = 0, None, None, False
         if self.half:
             self.half.refresh()
 
@@ -186,12 +195,32 @@ class Step:
 
     def _update(self) -> torch.Tensor:
         """The update itself; nothing in it waits for the device."""
-        config, total = self.config, None
-        micro_batches = []
+        config, micro_batches = self.config, []
         for first, rows in self.micro_batches:
             key = self.key + self.offsets[first] if first else self.key
             micro_batches.append((*self._batch(key, first, rows), key))
-        shares = self._shares(micro_batches)
+        if (
+            self.device.type == "cpu"
+            and self.eager_reason is None
+            and self.updates >= EAGER_UPDATES
+        ):
+            total = self._replayed(*micro_batches[0])
+        else:
+            total = self._backward(micro_batches)
+        if self.world.size > 1:  # the engines average gradients; so is the loss
+            total = self.world.sum(total) / self.world.size
+        with torch.inference_mode(self.replay is not None):  # which its gradients were made in
+            self.guard.inspect(self.parameters, total, self.key[1:2], config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.half:
+            self.half.refresh()
+        self.key[1] += 1
+        return total
+
+    def _backward(self, micro_batches) -> torch.Tensor:
+        """The mean loss, by autograd, which leaves the gradients with the parameters."""
+        total, shares = None, self._shares(micro_batches)
         for micro_batch, share in zip(micro_batches, shares, strict=True):
             with synchronised(self.engine, self.world, last=micro_batch is micro_batches[-1]):
                 _, loss = self.forward(*micro_batch)
@@ -201,15 +230,33 @@ class Step:
             if self.half:
                 self.half.move_gradients()
             total = loss.detach() if total is None else total + loss.detach()
-        if self.world.size > 1:  # the engines average gradients; so is the loss
-            total = self.world.sum(total) / self.world.size
-        self.guard.inspect(self.parameters, total, self.key[1:2], config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.half:
-            self.half.refresh()
-        self.key[1] += 1
         return total
+
+    def _replayed(self, idx, targets, key) -> torch.Tensor:
+        """`_backward` without autograd: the first time recorded, the second compared with it."""
+        batch = idx, targets, key
+        if self.proven:
+            loss, gradients = self.replay(*batch)
+        else:
+            try:
+                if self.replay is None:
+                    self.replay, loss, gradients = Replay.record(
+                        self.forward, self.parameters, *batch
+                    )
+                else:
+                    loss, gradients = self.replay(*batch)
+                    expected = self._backward([batch])
+                    known = [expected, *(p.grad for p in self.parameters)]
+                    self.proven = _equal([loss, *gradients], known)
+                    if not self.proven:
+                        raise RuntimeError("its replay was another update")
+            except (RuntimeError, TypeError) as error:  # a model, or a torch, that it cannot do
+                self.replay, self.eager_reason = None, str(error).splitlines()[0]
+                self.optimizer.zero_grad(set_to_none=True)
+                return self._backward([batch])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
 
     def _fetch(self) -> None:
         """Bring this update's batches from the host to where a captured update reads them."""
@@ -240,6 +287,14 @@ class Step:
         return list((counts * self.world.size / total).unbind())
 
 
+def _equal(left: list[torch.Tensor | None], right: list[torch.Tensor | None]) -> bool:
+    """Whether tensors agree, NaN with NaN."""
+    pairs = list(zip(left, right, strict=True))
+    if any((a is None) != (b is None) for a, b in pairs):
+        return False
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs if a is not None)
+
+
 def largest_micro_batch(config: TrainConfig, model: GPTConfig, device_type: str) -> int:
     """Sequences that forward and backward take at once, at most batch_size.
 
@@ -264,20 +319,35 @@ def loss_function(forward: nn.Module, config: TrainConfig) -> Callable:
     return forward
 
 
-def eager_reason(config: TrainConfig, device: torch.device, world: World = ALONE) -> str | None:
-    """Why updates are not replayed from a CUDA graph; None if they are."""
-    if device.type != "cuda":
-        return f"a {device.type.upper()} has no CUDA graphs"
+def eager_reason(
+    config: TrainConfig,
+    model: GPTConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    world: World = ALONE,
+) -> str | None:
+    """Why updates, computed in `dtype`, are not replayed; None if they are."""
     if world.parallel is not None:
         return f"what --parallel {world.parallel} sends between processes is not captured"
     if config.model != "gpt":
         return f"--model {config.model} reads its dropout key on the host"
+    if not config.cuda_graph:
+        return "of --no-cuda_graph"
+    if device.type == "cpu":
+        if config.compile or dtype != torch.float32 or model.backend == "triton":
+            return "a CPU replays neither --compile nor bfloat16 nor interpreted kernels"
+        if len(world.micro_batches(config, largest_micro_batch(config, model, "cpu"))) > 1:
+            return "a CPU replays one micro-batch only"
+        tokens = config.batch_size * model.block_size
+        if tokens * max(model.n_head * model.block_size, model.n_embd) > REPLAY_ELEMENTS:
+            return "the ops of a model this large outlast Python's part in them"
+        return None
+    if device.type != "cuda":
+        return f"a {device.type.upper()} has no CUDA graphs"
     if config.optimizer != "adamw":
         return f"--optimizer {config.optimizer} reads its learning rate on the host"
     if config.cycle_momentum and config.schedule in ("cyclic", "onecycle"):
         return "a cycled momentum is a number of the host"
-    if not config.cuda_graph:
-        return "of --no-cuda_graph"
     return None
 
 

@@ -36,7 +36,7 @@ def keep_rows(key, site: int, shape, dropout_p: float) -> torch.Tensor:
         return _keep_rows_op(key, site, shape, dropout_p)
     rows = torch.arange(shape[:-1].numel(), device=key.device)
     if key.numel() == 3:
-        rows += key[2] * shape[1:-1].numel()
+        rows = rows + key[2] * shape[1:-1].numel()
     return dropout_keep_mask(key, site, 1, rows, shape[-1], dropout_p).view(shape)
 
 

@@ -24,11 +24,14 @@ ACTIVATIONS = ("relu", "gelu", "relu2")
 
 
 def _eager_linear_act(x, weight, bias, activation):
+    if activation == "relu":
+        # F.linear keeps no output, so relu_ costs neither memory nor a copy: not on its views,
+        # though, which the products of (..., K) are, for autograd copies what they look at.
+        z = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).relu_()
+        return z.view(*x.shape[:-1], z.shape[-1])
     z = F.linear(x, weight, bias)
     if activation == "gelu":
         return F.gelu(z, approximate="tanh")
-    if activation == "relu":
-        return z.relu_()  # F.linear keeps no output, so this costs neither memory nor a copy
     if torch.compiler.is_compiling() or backend.transforming():
         return z.relu().square()
     return _SquaredReLU.apply(z)

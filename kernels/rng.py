@@ -17,8 +17,10 @@ Activations (B, T, C): plane = 0, row = b * T + t, col = channel. b counts in th
 absent), so that ranks and micro-batches draw what the whole batch would.
 """
 
+import contextlib
 import math
 import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
 _LOW32 = 0xFFFFFFFF
 # Philox calls of one window: two threads hold each other up at every op's end, some 10 us.
 _CHUNK_GROUPS = 1 << 17
+_AHEAD_GROUPS = 1 << 15  # Philox calls of all the updates whose masks `MasksAhead` draws at once
 
 
 def layer_site(layer: int, place: str) -> int:
@@ -99,10 +102,11 @@ def check_dropout(op: str, dropout_p: float) -> None:
 
 
 def philox4x32(c0, c1, c2, c3, k0: int, k1: int, rounds: int = PHILOX_ROUNDS):
-    """The four 32-bit output words, as int64 tensors, of Philox-4x32.
+    """The four 32-bit output words, as int64 tensors or arrays, of Philox-4x32.
 
-    c0..c3: counters, int64 tensors below 2**32 of broadcastable shapes. A word takes only the
-    shape it depends on, so with counters along different axes the first two rounds cost little.
+    c0..c3: counters, int64 tensors or arrays below 2**32 of broadcastable shapes. A word takes
+    only the shape it depends on, so with counters along different axes the first two rounds cost
+    little.
     """
     m0, m1 = PHILOX_MULTIPLIERS
     for _ in range(rounds):
@@ -116,6 +120,30 @@ def philox4x32(c0, c1, c2, c3, k0: int, k1: int, rounds: int = PHILOX_ROUNDS):
         k0 = (k0 + PHILOX_INCREMENTS[0]) & _LOW32
         k1 = (k1 + PHILOX_INCREMENTS[1]) & _LOW32
     return c0, c1, c2, c3
+
+
+_source: Callable[..., torch.Tensor] | None = None
+
+
+@contextlib.contextmanager
+def masks_from(source: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Within, source(key, site, planes, rows, cols, p) stands in for `dropout_keep_mask`."""
+    global _source
+    before, _source = _source, None
+
+    def call(*args):
+        global _source
+        _source = None  # it may draw itself
+        try:
+            return source(*args)
+        finally:
+            _source = call
+
+    _source = call
+    try:
+        yield
+    finally:
+        _source = before
 
 
 def dropout_keep_mask(
@@ -140,6 +168,8 @@ def dropout_keep_mask(
     Returns: (planes, rows, cols) bool.
     Raises: ValueError if p is outside [0, 1).
     """
+    if _source is not None:
+        return _source(key, site, planes, rows, cols, p)
     check_dropout("dropout_keep_mask", p)
     device = torch.device(device) if device is not None else key.device
     groups = -(-cols // 8)
@@ -242,6 +272,56 @@ def _philox_lanes(c0, c1, c2, c3, keys, shape):
         low <<= _32
         np.bitwise_or(high, low, out=lanes[..., half])
     return lanes
+
+
+class MasksAhead:
+    """masks = ahead(key): every mask of an update, equal to `dropout_keep_mask`'s; on the CPU.
+
+    For models whose masks take less time than the calls that draw them: all masks of an update,
+    and of as many updates to come as make arrays worth a call, come from the same few ops.
+
+    Args:
+        requests: (site, planes, rows, cols, p) of each mask, as `dropout_keep_mask` takes them;
+            they count in the global batch, and no key moves them.
+    """
+
+    def __init__(self, requests: list[tuple]):
+        self.requests = requests
+        self.shapes, counters, thresholds = [], [], []
+        for site, planes, rows, cols, p in requests:
+            check_dropout("MasksAhead", p)
+            planes, rows = (_positions(x, torch.device("cpu")).numpy() for x in (planes, rows))
+            shape = len(planes), len(rows), -(-cols // 8)
+            self.shapes.append(shape)
+            c2, c1, c0 = np.meshgrid(planes, rows, np.arange(shape[2]), indexing="ij")
+            counters.append(np.stack([c0, c1, c2, np.full(shape, site)]).reshape(4, -1))
+            thresholds.append(np.full(c0.size, dropout_threshold(p), np.uint16))
+        self.ends = np.cumsum([math.prod(shape) for shape in self.shapes]).tolist()
+        self.updates = _AHEAD_GROUPS // self.ends[-1] if requests else 0
+        if self.updates:
+            self.counters = np.concatenate(counters, axis=1)
+            self.thresholds = np.concatenate(thresholds)[:, None]
+        self.seed = self.first = self.drawn = None
+
+    def __call__(self, key: torch.Tensor) -> list[torch.Tensor]:
+        """(planes, rows, cols) bool of every request, for key (2,) or (3,)."""
+        if not self.updates:
+            return [dropout_keep_mask(key, *request) for request in self.requests]
+        seed, step = key.tolist()[:2]
+        if seed != self.seed or not self.first <= step < self.first + self.updates:
+            self.seed, self.first, self.drawn = seed, step, self._draw(seed, step)
+        drawn, masks, start = self.drawn[step - self.first], [], 0
+        for end, shape, request in zip(self.ends, self.shapes, self.requests, strict=True):
+            masks.append(drawn[start:end].view(*shape[:2], -1)[..., : request[3]])
+            start = end
+        return masks
+
+    def _draw(self, seed, step):
+        """(updates, groups, 8) bool."""
+        steps = (step + np.arange(self.updates)[:, None]) & _LOW32
+        words = philox4x32(*self.counters, seed, steps)
+        lanes = np.stack(words, -1).astype(np.uint32).view(np.uint16)
+        return torch.from_numpy(lanes >= self.thresholds)
 
 
 def random_integers(key: torch.Tensor, site: int, rows: range, high: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from gptcore.__main__ import main
 from gptcore.checkpoint import open_checkpoint
-from gptcore.config import ConfigError, TrainConfig
+from gptcore.config import ConfigError, GPTConfig, TrainConfig
 from gptcore.distributed import ALONE, Rounded, Vote, World
 from gptcore.log import read_metrics
 from gptcore.step import HalfCopy, eager_reason
@@ -481,7 +481,8 @@ def test_what_does_not_go_together(prepared):
         World(0, 2, "fsdp").check(TrainConfig(compile=True))
     with pytest.raises(ConfigError, match="--optimizer sgd does not go with --parallel fsdp"):
         World(0, 2, "fsdp").check(TrainConfig(optimizer="sgd"))
-    assert "--parallel ddp" in eager_reason(TrainConfig(), torch.device("cuda"), World(0, 2, "ddp"))
+    arguments = TrainConfig(), GPTConfig(), torch.device("cuda")
+    assert "--parallel ddp" in eager_reason(*arguments, world=World(0, 2, "ddp"))
 
 
 def test_other_commands_are_one_process(monkeypatch, capsys):

@@ -22,24 +22,19 @@ def everything(run):
 
 
 def poison(run, what, value=NAN):
-    """Make the loss, or one element of one gradient, `value` in the next update."""
-    if what == "loss":
-        real = run.update.forward
+    """Make the loss and all gradients, or one element of one, `value` in the next update."""
+    real = run.update.guard.inspect
 
-        def forward(*batch):
-            run.update.forward = real
-            logits, loss = real(*batch)
-            return logits, loss * value
+    def inspect(parameters, loss, *rest):
+        run.update.guard.inspect = real
+        if what == "loss":
+            for x in (loss, *(p.grad for p in parameters)):
+                x.mul_(value)
+        else:
+            parameters[3].grad.view(-1)[0] = value
+        return real(parameters, loss, *rest)
 
-        run.update.forward = forward
-    else:
-        parameter = list(run.update.compute.parameters())[3]
-
-        def hook(gradient):
-            handle.remove()
-            return gradient.index_put((torch.tensor(0),), gradient.new_tensor(value))
-
-        handle = parameter.register_hook(hook)
+    run.update.guard.inspect = inspect
 
 
 # ---- on the device ---------------------------------------------------------------------------

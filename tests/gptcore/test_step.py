@@ -122,7 +122,14 @@ def test_a_cpu_cuts_large_batches(prepared, monkeypatch, sequences):
 @pytest.mark.parametrize(
     ("config", "device", "reason"),
     [
-        (TrainConfig(), "cpu", "CPU has no CUDA graphs"),
+        (TrainConfig(), "mps", "MPS has no CUDA graphs"),
+        (TrainConfig(batch_size=16), "cpu", None),
+        (TrainConfig(batch_size=17), "cpu", "outlast"),
+        (TrainConfig(batch_size=16, optimizer="sgd"), "cpu", None),
+        (TrainConfig(batch_size=16, model="naive"), "cpu", "--model naive"),
+        (TrainConfig(batch_size=16, cuda_graph=False), "cpu", "--no-cuda_graph"),
+        (TrainConfig(batch_size=16, compile=True), "cpu", "--compile"),
+        (TrainConfig(batch_size=16, gradient_accumulation_steps=4), "cpu", "one micro-batch"),
         (TrainConfig(), "cuda", None),
         (TrainConfig(gradient_accumulation_steps=4), "cuda", None),
         (TrainConfig(model="naive"), "cuda", "--model naive"),
@@ -132,7 +139,8 @@ def test_a_cpu_cuts_large_batches(prepared, monkeypatch, sequences):
     ],
 )
 def test_why_an_update_is_not_captured(config, device, reason):
-    found = eager_reason(config, torch.device(device))
+    model = GPTConfig(block_size=64, n_embd=128, n_head=4, n_layer=1)
+    found = eager_reason(config, model, torch.device(device))
     assert found is None if reason is None else reason in found
 
 

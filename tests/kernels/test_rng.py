@@ -73,6 +73,39 @@ def test_numpy_and_torch_agree(chunk, monkeypatch):
     assert torch.equal(dropout_keep_mask(key, 3, planes, rows, 29, 0.3), by_torch[..., :29])
 
 
+@pytest.mark.parametrize("updates", [0, 1, 4])
+def test_masks_drawn_ahead_are_those_drawn_one_by_one(updates, monkeypatch):
+    """In order, after a jump back, and with another seed."""
+    requests = [
+        (21, torch.tensor([9, 2, 2**31]), range(11, 18), 29, 0.3),
+        (3, 1, torch.arange(5, 25), 8, 0.0),
+        (16, 2, 4, 1, 0.9),
+    ]
+    groups = 3 * 7 * 4 + 20 + 2 * 4
+    monkeypatch.setattr(rng, "_AHEAD_GROUPS", updates * groups)
+    ahead = rng.MasksAhead(requests)
+    assert ahead.updates == updates
+    for seed, step in [(5, 2**32 - 3), (5, 2**32 - 2), *((6, step) for step in (*range(7), 3, 9))]:
+        key = make_key(seed, step)
+        expected = [dropout_keep_mask(key, *request) for request in requests]
+        assert all(map(torch.equal, ahead(key), expected)), (seed, step)
+    assert rng.MasksAhead([])(key) == []
+
+
+def test_masks_may_come_from_elsewhere():
+    key, given = make_key(1, 2), torch.ones(2, 3, 4, dtype=torch.bool)
+    seen = []
+
+    def source(*request):
+        seen.append(request)
+        return dropout_keep_mask(*request) & given  # which draws as always
+
+    with rng.masks_from(source):
+        found = dropout_keep_mask(key, 7, 2, 3, 4, 0.5)
+    assert len(seen) == 1 and seen[0][1:] == (7, 2, 3, 4, 0.5)
+    assert torch.equal(found, dropout_keep_mask(key, 7, 2, 3, 4, 0.5))
+
+
 @pytest.mark.parametrize("quads", [False, True], ids=["natural", "quads"])
 def test_kernel_draws_the_same_mask(quads, device):
     pytest.importorskip("triton", reason="needs triton")
