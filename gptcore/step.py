@@ -29,8 +29,8 @@ from kernels.rng import make_key
 
 EAGER_UPDATES = 3  # before capture: lazy initialisation, autotuning, allocator
 CPU_ELEMENTS = 16 * 256 * 384  # tokens * n_embd in a micro-batch on a CPU
-# Probabilities of attention in a layer, and elements of an activation, up to which a CPU replays:
-# kernels.attention runs them in one piece and one thread, and Python is what takes the time.
+# Up to so many probabilities of attention in a layer, elements of an activation, and logits a CPU
+# replays: one thread issues all ops then, attention in one piece, and Python is much of the time.
 REPLAY_ELEMENTS = 1 << 18
 
 
@@ -339,7 +339,8 @@ def eager_reason(
         if len(world.micro_batches(config, largest_micro_batch(config, model, "cpu"))) > 1:
             return "a CPU replays one micro-batch only"
         tokens = config.batch_size * model.block_size
-        if tokens * max(model.n_head * model.block_size, model.n_embd) > REPLAY_ELEMENTS:
+        widest = max(model.n_head * model.block_size, model.n_embd, model.vocab_size)
+        if tokens * widest > REPLAY_ELEMENTS:
             return "the ops of a model this large outlast Python's part in them"
         return None
     if device.type != "cuda":
