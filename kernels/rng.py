@@ -318,8 +318,7 @@ class MasksAhead:
 
     def _draw(self, seed, step):
         """(updates, groups, 8) bool."""
-        steps = (step + np.arange(self.updates)[:, None]) & _LOW32
-        words = philox4x32(*self.counters, seed, steps)
+        words = philox4x32(*self.counters, seed, step + np.arange(self.updates)[:, None])
         lanes = np.stack(words, -1).astype(np.uint32).view(np.uint16)
         return torch.from_numpy(lanes >= self.thresholds)
 
