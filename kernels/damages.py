@@ -144,8 +144,8 @@ DAMAGES = (
         "dropout_add_layer_norm",
         "eager",
         "rows of the mask not counted in the global batch",
-        "rows += key[2] * shape[1:-1].numel()",
-        "rows += 0 * key[2]",
+        "rows = rows + key[2] * shape[1:-1].numel()",
+        "rows = rows + 0 * key[2]",
     ),
     Damage(
         "linear_act",
@@ -165,8 +165,8 @@ DAMAGES = (
         "linear_act",
         "eager",
         "the exact GELU instead of tanh's",
-        'return F.gelu(z, approximate="tanh")\n    if activation',
-        "return F.gelu(z)\n    if activation",
+        'return F.gelu(z, approximate="tanh")\n    if torch',
+        "return F.gelu(z)\n    if torch",
     ),
     Damage(
         "cross_entropy",
@@ -174,6 +174,7 @@ DAMAGES = (
         "ignored rows in the gradient",
         "scale = tl.where(counts, scale, 0.0)",
         "scale = tl.where(counts, scale, 1.0)",
+        count=2,
     ),
     Damage(
         "cross_entropy",

@@ -351,7 +351,7 @@ SHAPES = {
     ),
     "cross_entropy": Shapes(
         cross_entropy,
-        quick=("M33-V65-mean", "M5-V1000-none"),
+        quick=("M33-V65-mean", "M5-V1301-none"),
         full=("M0-V5-sum", "M3-V1-sum", "M2-V50257-mean", "M257-V65-sum"),
         large=("M4096-V65-mean", "M512-V50257-none"),
         draw=lambda r: (
