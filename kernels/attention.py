@@ -48,16 +48,21 @@ def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0)
     return p @ v
 
 
-# Up to here the plain form fits the cache, and autograd in C++ beats ours in Python: 16x4x64x32
-# takes 3.2 ms forward and backward, in blocks 4.6, on 2 cores.
-_SMALL = 1 << 18  # probabilities
+# Up to one block the plain form needs no blocks, and its few ops are 1.2 to 2 times as fast (4x6x
+# 128x64 with dropout, forward and backward, 2 cores: 14.7 ms, in blocks 25.6), for 8 bytes a
+# probability until the backward.
+_SMALL = attention_eager.BLOCK_ELEMENTS  # probabilities
+
+
+def _traced():
+    return torch.compiler.is_compiling() or transforming()
 
 
 def _is_small(q, k):
     """Whether an eager call needs no blocks."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    traced = torch.compiler.is_compiling() or transforming()
-    return not traced and B * H * Tq * Tk <= _SMALL and q.dtype in (torch.float32, torch.float64)
+    wide = q.dtype in (torch.float32, torch.float64)
+    return not _traced() and B * H * Tq * Tk <= _SMALL and wide
 
 
 def _whole_keep(key, site, dropout_p, q, k):
@@ -89,19 +94,36 @@ def _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site):
     return attention_eager.SmallAttention.apply(qkv, angles, normalize, scale, factor)
 
 
-def _large_inference(q, k, v, scale, dropout_p):
-    """SDPA where it serves; None elsewhere."""
+# SDPA's backward subtracts rowsum(do * o) where the equation has rowsum(P * dp). The two round
+# alike, and leave nothing where the sums have few terms: below so many queries its gradients of
+# queries and keys are 2 to 4 times as far off as the equation's.
+_FLASH_QUERIES = 32
+
+
+def _flash(q, k, v, scale, dropout_p):
+    """SDPA where it serves, which draws no dropout in blocks; None elsewhere."""
     Tq, Tk = q.shape[2], k.shape[2]
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if dropout_p or needs_gradient or scale <= 0:
-        # SDPA's backward on the CPU is five times less exact than the equation, and it takes
-        # neither dropout in blocks nor scales that are not positive.
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if dropout_p or (trains and Tq < _FLASH_QUERIES):
         return None
+    if trains:
+        # SDPA's forward and backward round scale * q.k differently, unless scale is a power of two:
+        # probabilities then miss the sum they are divided by, and gradients are up to 9 times as
+        # far off. Multiplied into q, the scale is rounded once.
+        q, scale = q * scale, 1.0
+        if Tq == Tk and q.requires_grad and not _traced():
+            q.register_hook(_without_first_query)
     mask = None
     if 1 < Tq < Tk:  # SDPA's is_causal aligns top-left
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     causal = 1 < Tq == Tk
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+
+
+def _without_first_query(dq):
+    """The gradient of queries whose first sees one key: its P is 1 whatever q is."""
+    dq[:, :, 0].zero_()
+    return dq
 
 
 # The two forms of the op. What a forward saves, lse or the packed mask, only its backend reads.
@@ -296,15 +318,14 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
     q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
     backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, backend)
     key = check_key(op, key, q.device) if dropout_p else None
+    if scale <= 0:  # the kernels' running maximum, and SDPA, take a positive one
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     if backend == "eager":
         if _is_small(q, k):
             return _small(q, k, v, key, scale, dropout_p, site)
-        o = _large_inference(q, k, v, scale, dropout_p)
+        o = _flash(q, k, v, scale, dropout_p)
         if o is not None:
             return o
-    if backend == "triton" and scale <= 0:
-        # The kernels' running maximum takes a positive scale.
-        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     run = _forward_op if torch.compiler.is_compiling() else _Attention.apply
     return run(q, k, v, key, scale, dropout_p, site, backend)[0]
 
@@ -340,12 +361,12 @@ def causal_attention_qkv(
     if angles is not None:
         qkv = rotary_qkv(qkv, angles, normalize=normalize, backend=backend)
         q, k, v = _heads(qkv)
-    if backend == "eager":
-        o = _large_inference(q, k, v, scale, dropout_p)
-        if o is not None:
-            return o.transpose(1, 2)
-    if backend == "triton" and scale <= 0:
+    if scale <= 0:
         options = {"scale": scale, "dropout_p": dropout_p, "key": key, "site": site}
         return causal_attention(q, k, v, backend=backend, **options).transpose(1, 2)
+    if backend == "eager":
+        o = _flash(q, k, v, scale, dropout_p)
+        if o is not None:
+            return o.transpose(1, 2)
     run = _forward_qkv_op if torch.compiler.is_compiling() else _AttentionQKV.apply
     return run(qkv, key, scale, dropout_p, site, backend)[0]

@@ -21,14 +21,14 @@ from kernels.threads import for_each
 _BLOCK_QUERIES = 64
 # Probabilities in one block, at most: two threads, whose ops begin and end in Python, hold each
 # other up some 10 us an op, so that ops should be longer than what would best fit the L2.
-_BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 
 
 def _chunks(q, k):
-    """Slices of batch and heads, as many for each thread, of up to _BLOCK_ELEMENTS a block."""
+    """Slices of batch and heads, as many for each thread, of up to BLOCK_ELEMENTS a block."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
     threads = torch.get_num_threads() if q.is_cpu else 1
-    rounds = math.ceil(B * H * min(_BLOCK_QUERIES, Tq) * Tk / (threads * _BLOCK_ELEMENTS))
+    rounds = math.ceil(B * H * min(_BLOCK_QUERIES, Tq) * Tk / (threads * BLOCK_ELEMENTS))
     planes = math.ceil(B * H / max(1, rounds * threads))
     heads, batches = max(1, min(H, planes)), max(1, math.ceil(planes / max(1, H)))
     for b in range(0, B, batches):

@@ -84,9 +84,10 @@ def check(tensors, do, **options):
         assert comparison.passed, str(comparison)
 
 
-def check_shape(shape, device, dtype=torch.float32, seed=0, **options):
+def check_shape(shape, device, dtype=torch.float32, seed=0, logits=1, **options):
     """As the certificate does: a breach must last over several draws."""
     draws = (draw(shape, device, dtype, seed=seed + 100 * i) for i in range(16))
+    draws = ((logits * q, k, v, do) for q, k, v, do in draws)
     first, *others = ((tensors, do) for *tensors, do in draws)
     more = (measure(*other, **options) for other in others)
     for comparison in hold_rule(measure(*first, **options), more):
@@ -157,13 +158,35 @@ def test_2x_rule_packed(backend, dropout_p, device):
 def test_eager_blocks(elements, dropout_p, device, monkeypatch):
     """Every way of cutting planes and queries, one plane at a time included."""
     monkeypatch.setattr(attention, "_SMALL", 0)
+    monkeypatch.setattr(attention, "_FLASH_QUERIES", 99)
     if elements:
         monkeypatch.setattr(attention_eager, "_BLOCK_QUERIES", 16)
-        monkeypatch.setattr(attention_eager, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(attention_eager, "BLOCK_ELEMENTS", elements)
     *tensors, do = draw((3, 4, 37, 41, 8), device)
     key = make_key(1, 2, 3, device=device)
     check(tensors, do, dropout_p=dropout_p, key=key, site=SITE, backend="eager")
     check(tensors[:1] + [x[:, :, :37] for x in tensors[1:]], do, function=packed, backend="eager")
+
+
+@pytest.mark.parametrize("scale", [None, -0.3])
+@pytest.mark.parametrize("Tq, Tk, D", [(70, 70, 85), (64, 64, 64), (33, 97, 24)])
+@pytest.mark.parametrize("function", [causal_attention, packed], ids=["split", "packed"])
+def test_eager_training_by_flash(function, Tq, Tk, D, scale, monkeypatch):
+    """Probabilities of all sizes, where the scale must be rounded once."""
+    monkeypatch.setattr(attention, "_SMALL", 0)
+    calls, sdpa = [], attention.F.scaled_dot_product_attention
+
+    def counted(*args, **options):
+        calls.append(options["scale"])
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counted)
+    shape = 4, 2, Tq, Tq if function is packed else Tk, D
+    check_shape(shape, "cpu", function=function, scale=scale, backend="eager", logits=4)
+    assert set(calls) == {1.0}
+    *tensors, do = draw(shape, "cpu")
+    dq = gradients_of(lambda *x: function(*x, scale=scale), tensors, do)["dq"]
+    assert (not dq[:, :, 0].any()) == (Tq == shape[3])
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.2, 0.5])

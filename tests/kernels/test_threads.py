@@ -66,7 +66,7 @@ def test_inference_mode_is_carried_over(threads):
 
 def test_attention_does_not_depend_on_the_number_of_threads(threads, monkeypatch):
     monkeypatch.setattr(attention, "_SMALL", 0)
-    monkeypatch.setattr(attention_eager, "_BLOCK_ELEMENTS", 1 << 12)  # 24 pieces
+    monkeypatch.setattr(attention_eager, "BLOCK_ELEMENTS", 1 << 12)  # 24 pieces
     results = []
     for count, backward_count in ((1, 1), (2, 3), (3, 1)):
         threads(count)
