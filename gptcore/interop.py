@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
+from gptcore.attention_interface import use_in_transformers  # noqa: F401
 from gptcore.config import ConfigError, GPTConfig, TrainConfig, to_json
 from gptcore.files import read_json
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
 from gptcore.tensors import read_pickle, read_tensors
-from kernels import causal_attention
 
 # GPT-2's names for the parts of ours; each is one component of a parameter's name.
 _GPT2_NAMES = {
@@ -262,67 +262,6 @@ def save_transformers(gpt: GPT, folder) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def use_in_transformers() -> None:
-    """Register `causal_attention` with transformers as the attention "gptcore".
-
-    Then `AutoModelForCausalLM.from_pretrained(..., attn_implementation="gptcore")`, or
-    `model.set_attn_implementation("gptcore")`, of any causal decoder. Padding, windows, packed
-    sequences and caches of fixed size need masks that causal_attention does not have, and raise
-    ValueError. Dropout draws from torch's generator.
-
-    Raises: ConfigError without transformers.
-    """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import causal_mask_function
-    except ImportError as error:
-        raise ConfigError(
-            "use_in_transformers needs transformers 5 or newer; pip install -U transformers"
-        ) from error
-
-    def mask(*, kv_length, q_length, q_offset=0, kv_offset=0, **options):
-        """None, the causal mask, or ValueError; called once a forward."""
-        if options.get("mask_function", causal_mask_function) is not causal_mask_function:
-            raise ValueError("gptcore attention: only the plain causal mask; got a custom one")
-        padding = options.get("attention_mask")
-        if padding is not None and not padding.all():
-            raise ValueError(
-                "gptcore attention: no padding; got an attention_mask with zeros: batch prompts "
-                "of equal length, or use another attn_implementation"
-            )
-        if kv_offset != 0 or kv_length != q_offset + q_length:
-            raise ValueError(
-                "gptcore attention: the cache must hold exactly the tokens so far; "
-                f"got {kv_length} slots from {kv_offset} for {q_length} tokens at {int(q_offset)}"
-            )
-        return None
-
-    AttentionMaskInterface.register("gptcore", mask)
-    AttentionInterface.register("gptcore", _attention_of_transformers)
-
-
-def _attention_of_transformers(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options
-):
-    """query (B, H, Tq, D), key and value (B, H or fewer, Tk, D) -> (B, Tq, H, D), no weights."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is not None or not causal:
-        raise ValueError("gptcore attention: only the plain causal mask; got another")
-    for name in ("softcap", "position_bias", "s_aux", "cache"):
-        if options.get(name) is not None:
-            raise ValueError(f"gptcore attention: no {name}; use another attn_implementation")
-    window = options.get("sliding_window")
-    if window is not None and window < key.shape[2]:
-        raise ValueError(
-            f"gptcore attention: no sliding window; got {window} for {key.shape[2]} keys"
-        )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    o = causal_attention(query, key, value, scale=scaling, dropout_p=dropout)
-    return o.transpose(1, 2), None
 
 
 # --------------------------------------------------------------------------------- command line

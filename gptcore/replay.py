@@ -25,11 +25,12 @@ class Replay:
 
     Attributes:
         source: the ops, as Python that defines run(idx, targets, *masks).
+        proven: whether a replayed update was compared with the same one computed.
     """
 
     def __init__(self, source: str, names: dict[str, Any], masks: rng.MasksAhead):
         self.source, self.names, self.masks = source, names, masks
-        self.run = _defined(source, names)
+        self.run, self.proven = _defined(source, names), False
 
     @classmethod
     def record(cls, forward: Callable, parameters: list[torch.Tensor], idx, targets, key):
@@ -65,6 +66,18 @@ class Replay:
         with torch.inference_mode():
             loss, *gradients = self.run(idx, targets, *self.masks(key))
         return loss, gradients
+
+    def prove(self, loss, gradients, expected_loss, expected_gradients) -> None:
+        """Compare a replayed update with the same one computed by autograd.
+
+        Raises: RuntimeError unless all bits agree, NaN with NaN.
+        """
+        pairs = list(zip([loss, *gradients], [expected_loss, *expected_gradients], strict=True))
+        if any((a is None) != (b is None) for a, b in pairs) or not all(
+            torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs if a is not None
+        ):
+            raise RuntimeError("its replay was another update")
+        self.proven = True
 
     @contextlib.contextmanager
     def labelled(self, attention: str) -> Iterator[None]:

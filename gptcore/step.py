@@ -119,8 +119,7 @@ class Step:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.eager_reason = eager_reason(config, model.config, device, dtype, world)
         self.guard = Guard(optimizer, device, step)
-        self.updates, self.graph, self.loss = 0, None, None
-        self.replay, self.proven = None, False
+        self.updates, self.graph, self.loss, self.replay = 0, None, None, None
 
     @property
     def how(self) -> str:
@@ -170,7 +169,7 @@ class Step:
         self.step = self.guard.looked = step
         self.key.copy_(make_key(self.config.seed, step, 0, self.device))
         # What was captured holds the state of before.
-        self.updates, self.graph, self.replay, self.proven = 0, None, None, False
+        self.updates, self.graph, self.replay = 0, None, None
         if self.half:
             self.half.refresh()
 
@@ -235,25 +234,19 @@ class Step:
     def _replayed(self, idx, targets, key) -> torch.Tensor:
         """`_backward` without autograd: the first time recorded, the second compared with it."""
         batch = idx, targets, key
-        if self.proven:
-            loss, gradients = self.replay(*batch)
-        else:
-            try:
-                if self.replay is None:
-                    self.replay, loss, gradients = Replay.record(
-                        self.forward, self.parameters, *batch
-                    )
-                else:
-                    loss, gradients = self.replay(*batch)
-                    expected = self._backward([batch])
-                    known = [expected, *(p.grad for p in self.parameters)]
-                    self.proven = _equal([loss, *gradients], known)
-                    if not self.proven:
-                        raise RuntimeError("its replay was another update")
-            except (RuntimeError, TypeError) as error:  # a model, or a torch, that it cannot do
-                self.replay, self.eager_reason = None, str(error).splitlines()[0]
-                self.optimizer.zero_grad(set_to_none=True)
-                return self._backward([batch])
+        try:
+            if self.replay is None:
+                recorded = Replay.record(self.forward, self.parameters, *batch)
+                self.replay, loss, gradients = recorded
+            else:
+                loss, gradients = self.replay(*batch)
+                if not self.replay.proven:
+                    known = self._backward([batch])
+                    self.replay.prove(loss, gradients, known, [p.grad for p in self.parameters])
+        except (RuntimeError, TypeError) as error:  # a model, or a torch, that it cannot do
+            self.replay, self.eager_reason = None, str(error).splitlines()[0]
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._backward([batch])
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         return loss
@@ -285,14 +278,6 @@ class Step:
         counts = torch.stack([(targets != -100).sum() for _, targets, _ in micro_batches])
         total = self.world.sum(counts.sum())
         return list((counts * self.world.size / total).unbind())
-
-
-def _equal(left: list[torch.Tensor | None], right: list[torch.Tensor | None]) -> bool:
-    """Whether tensors agree, NaN with NaN."""
-    pairs = list(zip(left, right, strict=True))
-    if any((a is None) != (b is None) for a, b in pairs):
-        return False
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs if a is not None)
 
 
 def largest_micro_batch(config: TrainConfig, model: GPTConfig, device_type: str) -> int:

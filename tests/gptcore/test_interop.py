@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from gptcore import interop
 from gptcore.__main__ import main
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, GPTConfig
@@ -21,7 +20,6 @@ from gptcore.interop import (
     load_transformers,
     save_notebook,
     save_transformers,
-    use_in_transformers,
 )
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
@@ -463,119 +461,6 @@ def test_transformers_refusals(tmp_path):
         load_transformers(tmp_path)
     with pytest.raises(ConfigError, match="cannot read"):
         load_transformers(tmp_path / "absent")
-
-
-# --------------------------------------------------------------------- attention of transformers
-
-
-def attention_run(model):
-    """Logits and gradients of one training step."""
-    model.zero_grad()
-    logits = model(IDX).logits
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), IDX[:, 1:].flatten()).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return {"logits": logits.detach()} | gradients
-
-
-def test_attention_in_transformers_forward_and_backward(transformers):
-    use_in_transformers()
-    model = hugging_face(transformers, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0).train()
-    runs = {}
-    for implementation in ("eager", "gptcore"):
-        model.set_attn_implementation(implementation)
-        runs[implementation] = attention_run(model)
-    model.set_attn_implementation("eager")
-    exact = attention_run(model.double())
-    for name, reference in exact.items():
-        result = compare(name, runs["gptcore"][name], runs["eager"][name], reference)
-        assert result.passed, str(result)
-
-
-def test_attention_in_transformers_is_ours(transformers, monkeypatch):
-    use_in_transformers()
-    model = hugging_face(transformers)
-    model.set_attn_implementation("gptcore")
-    plain = model(IDX).logits
-    monkeypatch.setattr(interop, "causal_attention", lambda q, k, v, **_: v)
-    assert (model(IDX).logits - plain).abs().max() > 1e-2
-
-
-def test_attention_in_transformers_generates_with_its_cache(transformers):
-    use_in_transformers()
-    model = hugging_face(transformers)
-    options = dict(max_new_tokens=S - 2, do_sample=False, pad_token_id=0)
-    prompt = IDX[:, :2]
-    ones = torch.ones_like(prompt)
-    texts = []
-    for implementation in ("eager", "gptcore"):
-        model.set_attn_implementation(implementation)
-        texts.append(model.generate(prompt, attention_mask=ones, **options))
-    assert torch.equal(*texts)
-
-
-def test_attention_in_transformers_with_fewer_key_heads(transformers):
-    use_in_transformers()
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=C,
-        intermediate_size=C,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=S,
-    )
-    model = randomise(transformers.LlamaForCausalLM(config)).double().eval()
-    logits = []
-    for implementation in ("sdpa", "gptcore"):  # their eager softmax is float32 here
-        model.set_attn_implementation(implementation)
-        logits.append(model(IDX).logits)
-    torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
-
-
-def test_attention_in_transformers_drops(transformers):
-    """Dropout is on in training and follows torch's seed."""
-    use_in_transformers()
-    model = hugging_face(transformers, attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0).train()
-    model.set_attn_implementation("gptcore")
-    losses = []
-    for seed in (1, 2, 1):
-        torch.manual_seed(seed)
-        losses.append(model(IDX).logits.sum().item())
-    assert losses[0] == losses[2] != losses[1]
-
-
-def test_masks_are_refused(transformers):
-    use_in_transformers()
-    model = hugging_face(transformers)
-    model.set_attn_implementation("gptcore")
-    padding = torch.ones_like(IDX)
-    model(IDX, attention_mask=padding)
-    padding[1, 0] = 0
-    with pytest.raises(ValueError, match="gptcore attention: no padding"):
-        model(IDX, attention_mask=padding)
-    with pytest.raises(ValueError, match="only the plain causal mask"):
-        model(IDX, attention_mask=torch.zeros(3, 1, S, S))
-    positions = torch.arange(S).remainder(4)[None]  # two packed sequences
-    with pytest.raises(ValueError, match="got a custom one"):
-        model(IDX, position_ids=positions, use_cache=False)
-    with pytest.raises(ValueError, match="slots from 0 for 8 tokens at 0"):
-        cache = transformers.StaticCache(config=model.config, max_cache_len=2 * S)
-        model(IDX, past_key_values=cache)
-    q = torch.randn(1, 2, 4, 8)
-    attend = interop._attention_of_transformers
-    for options, message in (
-        ({"softcap": 30.0}, "no softcap"),
-        ({"sliding_window": 3}, "no sliding window; got 3 for 4 keys"),
-        ({"is_causal": False}, "only the plain causal mask"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            attend(torch.nn.Module(), q, q, q, None, **options)
-
-
-def test_without_transformers(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ConfigError, match="needs transformers 5 or newer; pip install"):
-        use_in_transformers()
 
 
 # ----------------------------------------------------------------------------------- run folders
