@@ -73,10 +73,12 @@ def _probabilities(s, visible, qk_scale, lse, inv_l, MASKED: tl.constexpr, EXACT
 def _tile(ptr, offs_t, stride_t, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers (BLOCK, BLOCK_D) to the rows offs_t (BLOCK,), or of odd rows (BLOCK, 32).
 
-    Elements of odd rows are loaded one by one. A thread then has one pointer for all chunks of 32
-    in a row, whose distances are constants in the instructions, and not one for every element.
+    Elements of odd rows, which are no multiple of 16, are loaded one by one. A thread then has one
+    pointer for all chunks of 32 in a row, whose distances are constants in the instructions, and
+    not one for every element. float32 has no registers to spare for what that takes.
     """
-    offs_d = tl.arange(0, 32 if HEAD_DIM % 8 and BLOCK_D > 32 else BLOCK_D).to(tl.int64)
+    IS_ODD: tl.constexpr = HEAD_DIM % 16 > 0 and ptr.dtype.element_ty != tl.float32
+    offs_d = tl.arange(0, 32 if IS_ODD and BLOCK_D > 32 else BLOCK_D).to(tl.int64)
     return ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :] * stride_d
 
 
@@ -342,6 +344,8 @@ def _dkdv_tiles(
 ):  # fmt: skip
     """Add to dk, dv (BLOCK_N, BLOCK_D) what the queries low ... high contribute."""
     PARTS: tl.constexpr = 4 if EXACT and PRECISION == "ieee" else 1
+    # The mask is drawn in the registers that dp would take. Without one, and in float32, it spills.
+    DV_FIRST: tl.constexpr = DROPOUT and not EXACT
     offs_n = start_n + lane_order(BLOCK_N, QUADS)
     for start_m in range(low, high, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
@@ -356,15 +360,18 @@ def _dkdv_tiles(
         s = _dot_rows(q, k, PRECISION, WIDEN, PARTS)
         visible = offs_n[None, :] <= offs_m[:, None]
         p = _probabilities(s, visible, qk_scale, lse[:, None], inv_l[:, None], MASKED, EXACT)
-        dp = _dot_rows(do, v, PRECISION, WIDEN, PARTS)
+        if not DV_FIRST:
+            dp = _dot_rows(do, v, PRECISION, WIDEN, PARTS)
         if DROPOUT:
             keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
             p_delta = p * delta[:, None]
             p = tl.where(keep, p, qk_scale * 0.0)
-            ds = p * dp - p_delta
-        else:
-            ds = p * (dp - delta[:, None])
-        dv = _dot(p.to(do.dtype).T, do, dv, PRECISION, WIDEN)
+        if DV_FIRST:
+            dv = _dot(p.to(do.dtype).T, do, dv, PRECISION, WIDEN)
+            dp = _dot_rows(do, v, PRECISION, WIDEN, PARTS)
+        ds = p * dp - p_delta if DROPOUT else p * (dp - delta[:, None])
+        if not DV_FIRST:
+            dv = _dot(p.to(do.dtype).T, do, dv, PRECISION, WIDEN)
         dk = _dot(ds.to(q.dtype).T, q, dk, PRECISION, WIDEN)
     return dk, dv
 
@@ -449,31 +456,37 @@ class Plan:
     stages: int
 
 
-# (D <= 64, D > 64) by architecture. Chosen for no spills and two programs a multiprocessor where
-# `python -m kernels.codegen` finds such a plan; `python -m kernels.tune` prints measured rows.
+# (D <= 64, D <= 128, D <= 256) by architecture. Chosen by `python -m kernels.codegen`: no spills,
+# on sm_90 wgmma for every product where a plan has it, then two programs a multiprocessor;
+# `python -m kernels.tune` prints measured rows. Those of sm_80 fit the 99 KB of sm_86 and sm_89.
 _PLANS = {
     "sm_80": (
         {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 2)},
-        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 8, 2), "dkdv": Plan(32, 32, 8, 2)},
+        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 1)},
+        {"forward": Plan(64, 64, 8, 1), "dq": Plan(32, 32, 4, 1), "dkdv": Plan(32, 32, 4, 1)},
     ),
     "sm_90": (
         {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
-        {"forward": Plan(64, 64, 4, 2), "dq": Plan(128, 64, 8, 2), "dkdv": Plan(32, 64, 4, 1)},
+        {"forward": Plan(64, 64, 4, 2), "dq": Plan(128, 64, 8, 2), "dkdv": Plan(128, 64, 8, 1)},
+        {"forward": Plan(128, 64, 8, 2), "dq": Plan(128, 32, 8, 2), "dkdv": Plan(32, 64, 8, 1)},
     ),
     "gfx942": (
-        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 1), "dkdv": Plan(64, 32, 4, 2)},
-        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 8, 2), "dkdv": Plan(32, 32, 8, 2)},
+        {"forward": Plan(128, 32, 4, 1), "dq": Plan(128, 32, 4, 1), "dkdv": Plan(64, 16, 4, 1)},
+        {"forward": Plan(128, 32, 4, 1), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)},
+        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)},
     ),
     "sm_100": (
         {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
         {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 8, 2), "dkdv": Plan(64, 64, 8, 1)},
+        {"forward": Plan(128, 32, 8, 1), "dq": Plan(128, 64, 8, 1), "dkdv": Plan(64, 64, 8, 1)},
     ),
 }
-
-
-# sm_90, D = 85: of the plans tried those of the least static bound, 23.4 and 33.5 us on an H200 at
+# float32, whose products are of scalars: what a thread multiplies it holds in registers. Below 64
+# rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
+_FLOAT32 = (Plan(32, 32, 4, 1), Plan(32, 16, 4, 1), Plan(16, 16, 8, 1))
+# sm_90, D = 85: of the plans tried those of the least static bound, 23.4 and 34.3 us on an H200 at
 # the notebook's size. dkdv spills, mostly what it needs after its loops; (16, 64, 8, 1) does not,
-# but takes 46.7.
+# but takes 46.5.
 _ODD_ROWS = {"dq": Plan(128, 32, 8, 1), "dkdv": Plan(16, 128, 8, 1)}
 
 
@@ -483,15 +496,15 @@ def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bo
         # Small and not square, so that small tests cross every kind of block edge; the same for
         # all kernels, because numpy's products round differently in each shape.
         return Plan(16, 32, 4, 1) if D <= 32 else Plan(32, 16, 4, 1)
+    size = (D > 64) + (D > 128)
     if dtype == torch.float32:
-        # Below 64 rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
-        return Plan(32, 16 if kernel == "dq" else 32, 4, 1)
-    if D > 64 and D % 8:  # elements of odd rows are loaded one by one
+        return _FLOAT32[1 if kernel == "dq" and size == 0 else size]
+    if D > 64 and D % 16:  # elements of odd rows are loaded one by one
         if kernel == "forward":
             return Plan(64, 32, 4, 1)  # 64 keys spill
         if architecture == "sm_90":
             return _ODD_ROWS[kernel]
-    return _PLANS.get(architecture, _PLANS["sm_80"])[D > 64][kernel]
+    return _PLANS.get(architecture, _PLANS["sm_80"])[size][kernel]
 
 
 def _quads(architecture: str, block_n: int) -> bool:

@@ -11,7 +11,8 @@ asked for, disassembled and counted.
     loop                                instructions of the hottest loop
     /element                            thread instructions of that loop per element it computes
     floor    max(bytes / bandwidth, matrix FLOP / tensor rate) on a named GPU
-    bound    max(floor, warp instructions / issue rate): what this code cannot beat
+    bound    max(floor, warp instructions / issue rate, matrix FLOP / rate of the instructions that
+             do them): what this code cannot beat
 """
 
 import itertools
@@ -44,6 +45,8 @@ DEFAULT_GPUS = {
     "gfx942": "MI300X",
 }
 MEASUREMENTS = Path(__file__).resolve().parent.parent / "bench" / "results"
+# Of wgmma's rate, mma.sync (HMMA) on Hopper: Luo et al. 2025, arXiv:2501.12084.
+LEGACY_RATE = 0.63
 Row = dict[str, Any]
 
 
@@ -96,6 +99,19 @@ class Report:
     def threads(self) -> int:
         """Threads of one program."""
         return self.warps * MULTIPROCESSORS[self.arch].warp_size
+
+    def legacy_share(self) -> float:
+        """Of the matrix FLOP on sm_90, those that mma.sync does, which is slower than wgmma."""
+        if self.arch != "sm_90":
+            return 0.0
+        flop = {"HMMA": 0, "HGMMA": 0}
+        for opcode, number in self.tensor_core.items():
+            kind, shape = opcode.split(".")[:2]
+            if kind == "HGMMA":  # M x N x K, by four warps
+                flop[kind] += number * math.prod(map(int, shape.split("x"))) // 4
+            else:  # 16816: 16 x 8 x 16
+                flop[kind] += number * 16 * 8 * int(shape[3:])
+        return flop["HMMA"] / max(1, sum(flop.values()))
 
     def loop_instructions(self, passes: int = 1) -> int:
         """Instructions of the `passes` hottest innermost loops; 0 in straight-line code."""
@@ -298,6 +314,8 @@ def _figures(report: Report, case: Case, gpu: GPU) -> Row:
         tile = work.tile(constants, sizes)
         issued = report.warp_instructions(elements, tile, work.passes)
         seconds["instructions"] = issued / gpu.issue_rate
+        if share := report.legacy_share():
+            seconds["mma.sync"] = seconds["FLOP"] * (1 + share * (1 / LEGACY_RATE - 1))
         row["per_element"] = report.instructions_per_element(tile, work.passes)
         row["loop"] = report.loop_instructions(work.passes)
     row["floor_us"] = 1e6 * max(seconds["bytes"], seconds.get("FLOP", 0.0))
@@ -475,8 +493,8 @@ def _budget_lines(rows: Iterable[Row]) -> list[str]:
         elements = [row["per_element"] for row in group if row["per_element"] is not None]
         per_element = f"{1.1 * max(elements):.1f}" if elements else "-"
         opcodes = {opcode for row in group for opcode in row["tensor_core"]}
-        kind = max((re.match(r"[A-Z]+|v_mfma", o)[0] for o in opcodes), key=len, default="-")
-        lines.append(f"  {kernel} {arch} {' '.join(map(str, limits))} {per_element} {kind}")
+        kinds = "+".join(sorted({re.match(r"[A-Z]+|v_mfma", o)[0] for o in opcodes})) or "-"
+        lines.append(f"  {kernel} {arch} {' '.join(map(str, limits))} {per_element} {kinds}")
     return lines
 
 

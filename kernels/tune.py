@@ -2,7 +2,7 @@
 
     python -m kernels.tune [--dropout 0.2] [--dtype bfloat16]
 
-For D = 64 and 128 and each of the three kernels, every candidate is timed (median of repeated
+For D = 64, 128 and 256 and each of the three kernels, every candidate is timed (median of repeated
 launches, L2 flushed in between) at B64 H6 T256 and B4 H12 T4096; the plan with the least summed
 relative time wins. The printed rows go into `_PLANS` of `kernels.attention_kernels`.
 """
@@ -20,14 +20,14 @@ from kernels import attention_kernels, backend
 from kernels.attention_kernels import Plan
 
 KERNELS = ("forward", "dq", "dkdv")
-HEAD_SIZES = (64, 128)
+HEAD_SIZES = (64, 128, 256)
 SIZES = ((64, 6, 256), (4, 12, 4096))  # B, H, T
 _REPEATS = 20
 
 
 def candidates() -> list[Plan]:
     """Every plan worth a measurement."""
-    blocks = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+    blocks = itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))
     return [Plan(*block) for block in blocks if block[0] * block[1] <= 128 * 128 // 2]
 
 
