@@ -104,8 +104,8 @@ def _flash(q, k, v, scale, dropout_p):
     """SDPA where it serves, which draws no dropout in blocks; None elsewhere."""
     Tq, Tk = q.shape[2], k.shape[2]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if dropout_p or (trains and Tq < _FLASH_QUERIES):
-        return None
+    if dropout_p or (trains and (Tq < _FLASH_QUERIES or not q.is_cpu)):
+        return None  # on a GPU its backward may add in any order
     if trains:
         # SDPA's forward and backward round scale * q.k differently, unless scale is a power of two:
         # probabilities then miss the sum they are divided by, and gradients are up to 9 times as
