@@ -58,7 +58,6 @@ DAMAGES = (
         "delta forgotten in dq",
         "ds = p * (dp - delta[:, None])",
         "ds = p * dp",
-        count=2,
     ),
     Damage(
         "causal_attention",

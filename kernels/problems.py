@@ -303,14 +303,14 @@ SHAPES = {
             *("B1-H2-T1000-D128-p0.1",),
         ),
         draw=_random_attention,
-        blocks=("B1-H2-T370-D16-p0.2",),
+        blocks=("B1-H2-T730-D16-p0.2", "B1-H2-T730-D24"),
     ),
     "causal_attention_qkv": Shapes(
         attention_qkv,
         quick=("B1-T19-H3-D16-p0.2",),
         full=("B0-T8-H2-D8", "B1-T65-H2-D64", "B2-T31-H6-D85-p0.2"),
         large=("B8-T256-H6-D64-p0.2", "B2-T1024-H12-D64"),
-        blocks=("B1-T370-H2-D16-p0.2",),
+        blocks=("B1-T730-H2-D16-p0.2",),
         draw=lambda r: (
             f"B{r.randint(1, 2)}-T{r.randint(9, 40)}-H{r.randint(1, 2)}-D{r.randint(1, 48)}"
             f"-p{r.choice((0.0, 0.3))}"
