@@ -104,8 +104,10 @@ def _flash(q, k, v, scale, dropout_p):
     """SDPA where it serves, which draws no dropout in blocks; None elsewhere."""
     Tq, Tk = q.shape[2], k.shape[2]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if dropout_p or (trains and (Tq < _FLASH_QUERIES or not q.is_cpu)):
-        return None  # on a GPU its backward may add in any order
+    # Its backward adds in any order on a GPU, and in half precision on a CPU.
+    exact = q.is_cpu and q.element_size() >= 4 and Tq >= _FLASH_QUERIES
+    if dropout_p or (trains and not exact):
+        return None
     if trains:
         # SDPA's forward and backward round scale * q.k differently, unless scale is a power of two:
         # probabilities then miss the sum they are divided by, and gradients are up to 9 times as
