@@ -317,7 +317,7 @@ def eager_reason(
     if config.model != "gpt":
         return f"--model {config.model} reads its dropout key on the host"
     if not config.cuda_graph:
-        return "of --no-cuda_graph"
+        return "of --cuda_graph false"
     if device.type == "cpu":
         if config.compile or dtype != torch.float32 or model.backend == "triton":
             return "a CPU replays neither --compile nor bfloat16 nor interpreted kernels"

@@ -128,14 +128,14 @@ def test_a_cpu_cuts_large_batches(prepared, monkeypatch, sequences):
         (TrainConfig(batch_size=1), "cpu", "outlast"),  # its vocabulary: see below
         (TrainConfig(batch_size=16, optimizer="sgd"), "cpu", None),
         (TrainConfig(batch_size=16, model="naive"), "cpu", "--model naive"),
-        (TrainConfig(batch_size=16, cuda_graph=False), "cpu", "--no-cuda_graph"),
+        (TrainConfig(batch_size=16, cuda_graph=False), "cpu", "--cuda_graph false"),
         (TrainConfig(batch_size=16, compile=True), "cpu", "--compile"),
         (TrainConfig(batch_size=16, gradient_accumulation_steps=4), "cpu", "one micro-batch"),
         (TrainConfig(), "cuda", None),
         (TrainConfig(gradient_accumulation_steps=4), "cuda", None),
         (TrainConfig(model="naive"), "cuda", "--model naive"),
         (TrainConfig(optimizer="sgd"), "cuda", "--optimizer sgd"),
-        (TrainConfig(cuda_graph=False), "cuda", "--no-cuda_graph"),
+        (TrainConfig(cuda_graph=False), "cuda", "--cuda_graph false"),
         (TrainConfig(schedule="cyclic", cycle_momentum=True), "cuda", "momentum"),
     ],
 )
