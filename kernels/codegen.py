@@ -45,7 +45,8 @@ DEFAULT_GPUS = {
     "gfx942": "MI300X",
 }
 MEASUREMENTS = Path(__file__).resolve().parent.parent / "bench" / "results"
-# Of wgmma's rate, mma.sync (HMMA) on Hopper: Luo et al. 2025, arXiv:2501.12084.
+# Of wgmma's rate, mma.sync (HMMA) on Hopper: not measured here, and to be checked against Luo et
+# al. 2025, arXiv:2501.12084.
 LEGACY_RATE = 0.63
 Row = dict[str, Any]
 
