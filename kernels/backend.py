@@ -91,6 +91,11 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
     return "triton"
 
 
+def has_storage(tensor: torch.Tensor) -> bool:
+    """False for fake and meta tensors, on which nothing is computed."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
     """Start `kernel` on `grid`; a grid with no programs starts nothing.
 
@@ -99,14 +104,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     """
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
     device = tensor.device
-    if isinstance(tensor, FakeTensor) or (device.type == "meta" and _recorder is None):
-        return
-    if 0 in grid:
+    if isinstance(tensor, FakeTensor) or 0 in grid:
         return
     if _recorder is not None:
         _recorder(kernel, grid, args, kwargs)
-        if device.type == "meta":
-            return
+    if not has_storage(tensor):
+        return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **kwargs)
