@@ -40,7 +40,7 @@ def profiled(stopwatch: Stopwatch) -> Timer:
     def time(launch: Launch, rounds: int) -> list[float]:
         call = restart(launch)
         call()
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
             for _ in range(rounds):
                 stopwatch.flush()
                 call()

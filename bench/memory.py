@@ -37,7 +37,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    options = {"profile_memory": True, "acc_events": True}
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
         call()
     events = profiler.profiler.kineto_results.events()
     held = peak = 0

@@ -104,7 +104,8 @@ def watch(run: Run, log: Log, matmul_rate: float) -> Iterator[None]:
     for _ in range(first_step(run.config, run.step - 1, run.world) - run.step):
         yield
     timed_s = yield from steps(TIMED)
-    with _labelled(run.update), torch.profiler.profile(activities=[activity]) as trace:
+    profiler = torch.profiler.profile(activities=[activity], acc_events=True)
+    with _labelled(run.update), profiler as trace:
         traced_s = yield from steps(TRACED)
     by_kind = of_gpu if run.device.type == "cuda" else of_cpu
     seconds = {kind: total / TRACED for kind, total in by_kind(trace.events()).items()}

@@ -1,11 +1,13 @@
-"""A repair of Triton's interpreter, which cuts float32 off to bfloat16 where GPUs round.
+"""Two repairs of Triton's interpreter.
 
-An element is then wrong by up to one unit in the last place instead of half of one: enough to
-fail the 2x rule of `kernels.verify`, and no fault of the kernel.
+It cuts float32 off to bfloat16 where GPUs round. An element is then wrong by up to one unit in the
+last place instead of half of one: enough to fail the 2x rule of `kernels.verify`, and no fault of
+the kernel. And Triton 3.6 reads the bounds of a loop in a way that numpy 2.4 refuses.
 """
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -18,7 +20,7 @@ def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Have the interpreter of this process round; done by `kernels.backend` when interpreting."""
+    """Repair the interpreter of this process; done by `kernels.backend` when interpreting."""
     truncating = InterpreterBuilder.cast_impl
 
     def cast_impl(self, src, dst_type):
@@ -27,3 +29,11 @@ def repair() -> None:
         return truncating(self, src, dst_type)
 
     InterpreterBuilder.cast_impl = cast_impl
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index

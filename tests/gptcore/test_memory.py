@@ -30,7 +30,8 @@ def test_parameters_are_counted_without_building_every_layer(name, n_layer):
 def peak_of_a_step(run):
     """Bytes that one more update needs at its peak, gradients included."""
     events = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[events], profile_memory=True) as profiler:
+    options = {"profile_memory": True, "acc_events": True}
+    with torch.profiler.profile(activities=[events], **options) as profiler:
         trainer.training_step(run)
     held = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -86,7 +86,7 @@ def test_a_run_that_ends_early_ends_its_trace(prepared, monkeypatch):
     assert "_batch" in vars(run.update)
     watching.close()
     assert "_batch" not in vars(run.update)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
         pass  # refuses to begin inside another
 
 
