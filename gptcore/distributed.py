@@ -245,6 +245,7 @@ def fully_shard(model: nn.Module, dtype: torch.dtype, world: World) -> nn.Module
         "mesh": dist.init_device_mesh(world.device.type, (world.size,)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
+    model.lends_biases = False
     for block in getattr(model, "blocks", ()):
         linears = [module for module in block.children() if isinstance(module, nn.Linear)]
         fully_shard(linears or block, **options)

@@ -118,11 +118,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The batched, fused GPT; computes what `NaiveGPT` computes, masks and gradients included."""
+    """The batched, fused GPT; computes what `NaiveGPT` computes, masks and gradients included.
+
+    Attributes:
+        lends_biases: whether a kernel may add the bias of the linear map before it; not where FSDP
+            takes a map's parameters away when it returns.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.lends_biases = config, True
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         rotary = config.position == "rotary"
         self.position_embedding = None if rotary else nn.Embedding(config.block_size, config.n_embd)
@@ -278,9 +283,9 @@ class GPT(nn.Module):
     def _residual(self, linear, h, x, ln, p, key, layer, place):
         """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""
         # Kernels return the gradient of a bias that they add themselves: one kernel less a GEMM.
-        fused = resolve("GPT", self.config.backend, h) == "triton"
+        fused = self.lends_biases and resolve("GPT", self.config.backend, h) == "triton"
         return dropout_add_layer_norm(
-            F.linear(h, linear.weight, None if fused else linear.bias),
+            F.linear(h, linear.weight) if fused else linear(h),
             x,
             ln.weight,
             ln.bias,

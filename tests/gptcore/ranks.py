@@ -79,7 +79,7 @@ def run(folder: Path, flags: list[str], processes: int, damage: str = "") -> lis
 
 def rank_main(folder: Path, flags: list[str], rank: int, damage: str) -> int:
     """One rank, from its flags to its exit code."""
-    seen = {"batches": {}, "masks": {}, "gradient_collectives": 0}
+    seen = {"batches": {}, "masks": {}, "gradient_collectives": 0, "left_whole": set()}
     with (
         open(folder / f"{rank}.out", "w") as out,
         open(folder / f"{rank}.err", "w") as err,
@@ -151,6 +151,15 @@ def watch(seen: dict) -> None:
     train_ = trainer._train
 
     def train_and_note(run):
+        if run.world.parallel == "fsdp" and hasattr(run.model, "blocks"):
+            first, *_, last = run.model.blocks
+
+            def note(module, args):
+                for name, weight in first.named_parameters():
+                    if not name.startswith("ln") and not hasattr(weight, "placements"):
+                        seen["left_whole"].add(name)
+
+            last.mlp_out.register_forward_pre_hook(note)
         try:
             return train_(run)
         finally:

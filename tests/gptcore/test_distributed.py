@@ -238,6 +238,13 @@ def test_gradients_go_round_once_a_step(folders):
     assert seen(folders["always synchronised"], 0)["gradient_collectives"] == 2 * STEPS
 
 
+@pytest.mark.parametrize("name", names("fsdp"))
+def test_a_block_is_whole_only_while_it_runs(folders, name):
+    """When the last block runs, every rank has but its own shards of the first."""
+    for rank in range(RUNS[name][0]):
+        assert seen(folders[name], rank)["left_whole"] == set()
+
+
 @pytest.mark.parametrize("name", names("bfloat16"))
 def test_bfloat16_on_two_processes(folders, name):
     """Parts of gradients are rounded before they are added: near, not equal."""
