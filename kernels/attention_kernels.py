@@ -484,10 +484,12 @@ _PLANS = {
 # float32, whose products are of scalars: what a thread multiplies it holds in registers. Below 64
 # rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
 _FLOAT32 = (Plan(32, 32, 4, 1), Plan(32, 16, 4, 1), Plan(16, 16, 8, 1))
-# sm_90, D = 85: of the plans tried those of the least static bound, 23.4 and 34.3 us on an H200 at
-# the notebook's size. dkdv spills, mostly what it needs after its loops; (16, 64, 8, 1) does not,
-# but takes 46.5.
-_ODD_ROWS = {"dq": Plan(128, 32, 8, 1), "dkdv": Plan(16, 128, 8, 1)}
+# sm_90, D = 85: of the plans tried those of the least static bound: 19.4, 23.4 and 34.3 us on an
+# H200 at the notebook's size with Triton 3.7.1, 31.9, 48.7 and 53.3 with 3.6, under which all three
+# spill; under 3.7.1 dkdv does, mostly what it needs after its loops.
+_ODD_ROWS = {
+    "forward": Plan(128, 32, 8, 1), "dq": Plan(128, 32, 8, 1), "dkdv": Plan(16, 128, 8, 1)
+}  # fmt: skip
 
 
 def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bool) -> Plan:
@@ -500,10 +502,10 @@ def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bo
     if dtype == torch.float32:
         return _FLOAT32[1 if kernel == "dq" and size == 0 else size]
     if D > 64 and D % 16:  # elements of odd rows are loaded one by one
-        if kernel == "forward":
-            return Plan(64, 32, 4, 1)  # 64 keys spill
         if architecture == "sm_90":
             return _ODD_ROWS[kernel]
+        if kernel == "forward":
+            return Plan(64, 32, 4, 1)  # 64 keys spill
     return _PLANS.get(architecture, _PLANS["sm_80"])[size][kernel]
 
 

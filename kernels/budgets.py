@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import kernels
+from kernels.backend import triton
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 ALL = (*NVIDIA, "gfx942")
@@ -360,7 +361,7 @@ causal_attention B4-T4096-H12-D256-fp32
   _attention_dq_kernel sm_89 255 37 57344 1 1402.5 -
   _attention_dkdv_kernel sm_89 255 38 74752 1 1731.4 -
 causal_attention B64-T256-H6-D85-bf16-p0.2
-  _attention_forward_kernel sm_90 255 0 24576 2 39.7 HGMMA
+  _attention_forward_kernel sm_90 255 0 40960 1 30.9 HGMMA
   _attention_dq_kernel sm_90 248 0 81920 1 27.5 HGMMA
   _attention_dkdv_kernel sm_90 255 52 77824 1 57.3 HGMMA+HMMA
 causal_attention B64-T256-H6-D64-fp32-p0.2
@@ -476,4 +477,51 @@ rotary_qkv B64-T256-H6-D64-bf16
   _rotary_kernel sm_90 56 0 0 9 24.4 -
   _rotary_kernel sm_100 64 0 0 8 24.0 -
   _rotary_kernel gfx942 56 0 0 8 31.9 -
+""")
+
+# Rows of kernels of which Triton 3.6 makes more.
+if triton is not None and triton.__version__.startswith("3.6."):
+    BUDGETS |= _read_budgets("""
+causal_attention B64-T256-H6-D64-bf16-p0.2
+  _attention_forward_kernel sm_90 200 0 40960 2 19.8 HGMMA
+  _attention_dkdv_kernel sm_100 255 0 40968 2 21.6 UTCHMMA
+  _attention_forward_kernel gfx942 208 0 16384 2 35.5 v_mfma
+  _attention_dq_kernel gfx942 208 0 16384 2 30.9 v_mfma
+causal_attention B64-T256-H6-D64-bf16
+  _attention_dkdv_kernel sm_80 200 0 29184 2 31.8 HMMA
+  _attention_dkdv_kernel sm_100 136 0 40968 3 16.4 UTCHMMA
+causal_attention B4-T4096-H12-D128-bf16
+  _attention_forward_kernel sm_80 240 0 36864 2 36.9 HMMA
+  _attention_forward_kernel gfx942 288 0 32768 1 33.4 v_mfma
+  _attention_dq_kernel gfx942 152 0 16384 3 50.1 v_mfma
+  _attention_dkdv_kernel gfx942 184 0 16384 2 89.7 v_mfma
+causal_attention B4-T4096-H12-D128-bf16-p0.2
+  _attention_forward_kernel sm_80 255 0 36864 2 51.4 HMMA
+  _attention_forward_kernel sm_100 255 0 82944 2 29.5 UTCHMMA
+causal_attention B4-T4096-H12-D256-bf16
+  _attention_forward_kernel sm_80 255 0 73728 1 51.4 HMMA
+  _attention_dkdv_kernel sm_80 255 7 67584 2 64.5 HMMA
+  _attention_forward_kernel sm_89 224 0 73728 1 53.8 HMMA
+  _attention_forward_kernel gfx942 352 0 36864 1 81.8 v_mfma
+  _attention_dq_kernel gfx942 280 0 32768 1 67.1 v_mfma
+  _attention_dkdv_kernel gfx942 280 0 32768 1 140.8 v_mfma
+causal_attention B4-T4096-H12-D256-fp32
+  _attention_dq_kernel sm_89 255 52 57344 1 1358.5 -
+causal_attention B64-T256-H6-D85-bf16-p0.2
+  _attention_forward_kernel sm_90 255 36 40960 1 38.9 HGMMA
+  _attention_dq_kernel sm_90 255 391 81920 1 35.5 HGMMA
+  _attention_dkdv_kernel sm_90 255 324 77824 1 69.0 HGMMA+HMMA
+layer_norm M16384-C384-bf16
+  _forward_kernel sm_100 72 0 0 28 19.5 -
+dropout_add_layer_norm M16384-C384-bf16-p0.2
+  _forward_kernel sm_100 80 0 0 24 41.0 -
+cross_entropy M16384-V65-bf16
+  _cross_entropy_kernel sm_80 88 0 4096 5 57.6 -
+  _cross_entropy_kernel sm_90 80 0 4096 6 57.7 -
+  _cross_entropy_kernel sm_100 80 0 4096 6 56.4 -
+  _cross_entropy_kernel gfx942 56 0 4096 8 61.5 -
+linear_cross_entropy M16384-C384-V65-bf16
+  _cross_entropy_kernel sm_90 64 0 4096 8 31.7 -
+embed B64-T256-C384-V65-bf16-p0.2
+  _token_gradient_one_hot_kernel sm_90 176 0 20992 2 - HGMMA
 """)

@@ -319,8 +319,9 @@ def test_compiled_kernels_are_what_was_launched(toy, arch, wide, narrow, tensor_
     assert aligned["constants"] == {"BLOCK": 2048}
     assert aligned["loops"] == []
     assert all(kind.startswith(tensor_core) for kind in gram["tensor_core"])
-    # ptxas keeps a thread's index on the stack across sm_100's allocation of tensor memory.
-    assert gram["spills"] == (3 if arch == "sm_100" else 0)
+    # Of Triton 3.7's code ptxas keeps a thread's index on the stack across sm_100's allocation of
+    # tensor memory.
+    assert gram["spills"] in ((0, 3) if arch == "sm_100" else (0,))
     assert 30 < gram["loop"] < gram["instructions"]
     assert sum(loop["transcendental"] for loop in gram["loops"]) == 64 * 64 // gram_threads(arch)
     # 128 x 128 float accumulators over 2 warps do not fit 255 registers.
