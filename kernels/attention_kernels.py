@@ -517,13 +517,6 @@ def _quads(architecture: str, block_n: int) -> bool:
     return block_n >= 32 and not architecture.startswith(("sm_10", "gfx"))
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken: PyTorch's own setting decides."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
-
-
 def _qk_scale(q, scale: float) -> float:
     """What the kernels multiply q.k by: float32 is taken to the power of e, the rest of 2."""
     return scale if q.dtype == torch.float32 else scale * LOG2E
@@ -541,7 +534,7 @@ def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tupl
         "DROPOUT": dropout_threshold(dropout_p) > 0,
         "QUADS": dropout_threshold(dropout_p) > 0 and _quads(architecture, blocks.block_n),
         "HAS_FIRST": key is not None and key.numel() == 3,
-        "PRECISION": _precision(q.dtype),
+        "PRECISION": backend.product_precision(q.dtype),
         "EXACT": q.dtype == torch.float32,
         "WIDEN": architecture == "interpreter" and q.dtype == torch.bfloat16,
         "num_warps": blocks.warps,

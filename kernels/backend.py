@@ -147,6 +147,16 @@ def _device_architecture(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
+def product_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: PyTorch's own setting decides how float32 is multiplied.
+
+    This is the one of its names that can be read whichever of them was written.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`; a plausible 132 where there is no device."""

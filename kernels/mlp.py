@@ -265,7 +265,6 @@ def _forward(
         return y.view(shape), z if needs_z else x.new_empty(0)
     y = torch.empty(shape, dtype=x.dtype, device=device)
     z = torch.empty((M, N) if needs_z else 0, dtype=x.dtype, device=device)
-    tf32 = x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
     backend.launch(
         _linear_act_kernel,
         (-(-M // plan.BLOCK_M) * -(-N // plan.BLOCK_N),),
@@ -281,7 +280,7 @@ def _forward(
         *weight.stride(),
         1 if bias is None else bias.stride(0),
         ACTIVATION=activation,
-        PRECISION="tf32" if tf32 else "ieee",
+        PRECISION=backend.product_precision(x.dtype),
         BLOCK_M=plan.BLOCK_M,
         BLOCK_N=plan.BLOCK_N,
         BLOCK_K=plan.BLOCK_K,

@@ -10,7 +10,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
+import kernels
 from kernels import codegen
 from kernels.budgets import BUDGETS, CASES, Budget
 from kernels.disassembly import find_loops, parse_amdgcn, parse_sass
@@ -446,3 +448,33 @@ def test_measured_times_fill_their_rows_only(tmp_path, monkeypatch):
     monkeypatch.setattr(codegen, "_figures", lambda *_: {"gpu": gpu.name})
     rows = codegen.examine([case], ["sm_90"], {"sm_90": gpu}, jobs=1)
     assert [row["measured_us"] for row in rows] == [None, 7.5]
+
+
+@pytest.fixture
+def matmul_settings():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (lambda: None, "ieee"),
+        (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+        (lambda: setattr(torch.backends, "fp32_precision", "tf32"), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"), "ieee"),
+    ],
+    ids=["default", "set_float32_matmul_precision", "allow_tf32", "fp32_precision", "all", "ieee"],
+)
+def test_pytorchs_setting_decides_how_float32_is_multiplied(matmul_settings, setting, expected):
+    """By whichever of its names it was made; torch refuses to read some after others."""
+    setting()
+    q = torch.empty(1, 2, 64, 64, device="meta", requires_grad=True)
+    launches = codegen.record(lambda: kernels.causal_attention(q, q, q).sum().backward(), "sm_90")
+    found = [launch.kwargs["PRECISION"] for launch in launches if "PRECISION" in launch.kwargs]
+    assert found == [expected] * 3
+    halves = codegen.record(lambda: kernels.causal_attention(*[q.detach().half()] * 3), "sm_90")
+    assert [launch.kwargs["PRECISION"] for launch in halves] == ["ieee"]
