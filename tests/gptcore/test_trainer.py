@@ -382,6 +382,7 @@ def test_losses_are_read_where_lines_are_written_and_nowhere_else(prepared, monk
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait_for_the_gpu(prepared):
     run = prepared("--device=cuda")
     for _ in range(6):  # eager, captured, replayed
