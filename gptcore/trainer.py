@@ -116,15 +116,16 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     Raises: ConfigError on anything wrong with the settings, the data or the folder.
     """
     device = world.device or machine.pick_device(settings.given.get("device", "auto"))
-    if device.type == "cpu":
-        machine.keep_freed_memory()
-        machine.limit_threads()
     config, model_fields = settings.merged(device.type)
     preset = settings.resolved_preset(device.type)
     checkpoint = _checkpoint_to_resume(config, world)
     if checkpoint is not None:
         config, model_fields = _resumed_settings(checkpoint, settings)
         preset = checkpoint.config.get("preset", preset)
+        device = world.device or machine.pick_device(config.device)
+    if device.type == "cpu":
+        machine.keep_freed_memory()
+        machine.limit_threads()
     origin = None
     if config.init_from is not None and checkpoint is None:
         origin = open_checkpoint(config.init_from)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from gptcore import checkpoint, trainer
+from gptcore import checkpoint, machine, trainer
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, RunError, TrainConfig
 from gptcore.data import BatchStream
@@ -291,6 +291,20 @@ def test_resume_starts_where_there_is_nothing(train_main, tiny_flags, trained_ru
     assert_same_weights(weights_of(trained_run), weights_of(tmp_path / "new"))
     assert train_main(flags) == 0  # already done: says so again, changes nothing
     assert comparable(tmp_path / "new") == comparable(trained_run)
+
+
+def test_a_resumed_run_stays_on_its_device(train_main, tiny_flags, tmp_path, monkeypatch):
+    """The one it was given, not the one that "auto" would be; unless it is given another."""
+    folder = f"--out_dir={tmp_path / 'run'}"
+    assert train_main([*tiny_flags, folder, "--max_iters=1"]) == 0
+    named = []
+    monkeypatch.setattr(
+        machine, "pick_device", lambda name: named.append(name) or torch.device("cpu")
+    )
+    assert train_main([folder, "--resume", "--max_iters=2"]) == 0
+    assert named[-1] == "cpu"
+    assert train_main([folder, "--resume", "--max_iters=3", "--device=auto"]) == 0
+    assert named[-1] == "auto"
 
 
 def test_a_resumed_run_may_go_further(train_main, tiny_flags, tmp_path):
