@@ -150,7 +150,7 @@ def test_bad_commands(capsys, argv, message):
 def test_eval_repeats_the_exact_loss(trained_run, tmp_path, capsys):
     from gptcore.log import read_metrics
 
-    assert main(["eval", str(trained_run), "--checkpoint=last"]) == 0
+    assert main(["eval", str(trained_run), "--checkpoint=last", "--device=cpu"]) == 0
     end = read_metrics(trained_run / "metrics.jsonl")[-1]
     assert f"loss {end['val_loss']:.4f}, " in capsys.readouterr().out
     other = tmp_path / "other.txt"

@@ -209,18 +209,19 @@ def test_another_thread_may_wait_for_the_device_during_capture(prepared):
 
 
 def curves(notebook, corpus, steps, backend="eager", damage=0):
-    """Losses of the naive model and of the fast step: one initialisation, batches and masks."""
+    """Losses of the naive model and of the fast step: one initialisation, batches and masks.
+
+    On the device of `corpus`.
+    """
     train, shape = split_fields({**PRESETS["notebook"], **notebook})
     torch.manual_seed(0)
-    naive = NaiveGPT(GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **shape))
+    naive = NaiveGPT(GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **shape)).to(corpus.device)
     fast = GPT.from_naive(naive)
     fast.config = fast.config.replace(backend=backend)
     losses = []
     for name, model in (("naive", naive), ("gpt", fast)):
         config = TrainConfig(**train, model=name, seed=1 + damage * (name == "gpt"))
-        update = Step(
-            model, make_optimizer(model, config), corpus, config, device=torch.device("cpu")
-        )
+        update = Step(model, make_optimizer(model, config), corpus, config, device=corpus.device)
         losses.append([update().item() for _ in range(steps)])
     return losses
 
@@ -239,9 +240,10 @@ TINY = {"batch_size": 1, "block_size": 4, "n_layer": 1, "n_head": 1, "n_embd": 8
         pytest.param(WHOLE, "eager", 50, id="whole-eager-50", marks=pytest.mark.slow),
     ),
 )
-def test_the_curve_is_the_naive_models(prepared, notebook, backend, steps):
+def test_the_curve_is_the_naive_models(prepared, device, notebook, backend, steps):
     """The notebook's preset in float32, dropout on: the losses differ by rounding alone."""
-    naive, fast = curves(notebook, prepared().corpus, steps, backend)
+    device = "cpu" if backend == "eager" else device
+    naive, fast = curves(notebook, prepared(f"--device={device}").corpus, steps, backend)
     assert fast == pytest.approx(naive, rel=1e-3)
     assert fast[0] == pytest.approx(naive[0], rel=1e-6)
     assert len(set(fast)) == steps

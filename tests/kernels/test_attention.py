@@ -305,10 +305,12 @@ def test_gradcheck(Tq, dropout_p, monkeypatch):
     assert torch.autograd.gradcheck(lambda *x: causal_attention(*x, **options), tensors)
 
 
-def test_offsets_past_32_bits():
-    """Batch and time strides of more than 2**31 elements; only the pages touched exist."""
-    small = draw((2, 1, 2, 2, 16), "cpu", torch.float16)[:3]
-    storage = torch.empty(2**32 + 2**20, dtype=torch.float16)
+def test_offsets_past_32_bits(device):
+    """Batch and time strides of more than 2**31 elements; of a CPU only the pages touched exist."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 10e9:
+        pytest.skip("needs 10 GB of the GPU's memory")
+    small = draw((2, 1, 2, 2, 16), device, torch.float16)[:3]
+    storage = torch.empty(2**32 + 2**20, dtype=torch.float16, device=device)
     large = []
     for index, x in enumerate(small):
         view = storage.as_strided(x.shape, (2**31 + 64, 64, 2**31 + 2**17, 1), 4096 * index)
@@ -527,8 +529,10 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input(case):
+def test_bad_input(device, case):
     arguments, options, error, message = BAD_INPUT[case]
+    if "backend" in options:
+        arguments = [tensor.to(device) for tensor in arguments]
     with pytest.raises(error, match=re.escape(f"causal_attention: {message}")):
         causal_attention(*arguments, **options)
 

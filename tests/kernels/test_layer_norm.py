@@ -540,10 +540,12 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("changes, error, message", ERRORS.values(), ids=ERRORS)
-def test_errors_name_the_rule_and_the_values(changes, error, message):
+def test_errors_name_the_rule_and_the_values(device, changes, error, message):
     arguments = _arguments(**changes)
     if arguments["residual"] is None:
         arguments["residual"] = torch.zeros_like(arguments["x"])
+    if "backend" in changes:
+        arguments |= {name: x.to(device) for name, x in arguments.items() if torch.is_tensor(x)}
     with pytest.raises(error, match=f"^dropout_add_layer_norm: .*{message}"):
         dropout_add_layer_norm(**arguments)
 

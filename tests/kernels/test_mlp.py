@@ -314,10 +314,13 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("changes, error, message", ERRORS.values(), ids=ERRORS)
-def test_errors_name_the_rule_and_the_values(changes, error, message):
+def test_errors_name_the_rule_and_the_values(device, changes, error, message):
     arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4)}
+    arguments |= changes
+    if "backend" in changes:
+        arguments |= {name: x.to(device) for name, x in arguments.items() if torch.is_tensor(x)}
     with pytest.raises(error, match=f"^linear_act: .*{message}"):
-        linear_act(**(arguments | changes))
+        linear_act(**arguments)
 
 
 def test_the_plan_takes_the_epilogue_where_there_is_one():

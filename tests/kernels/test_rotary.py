@@ -23,7 +23,7 @@ def run(function, qkv, dtype):
     leaf = qkv.detach().to(dtype).requires_grad_()
     y = function(leaf)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    (gradient,) = torch.autograd.grad(y, leaf, dy.half().to(y.dtype))
+    (gradient,) = torch.autograd.grad(y, leaf, dy.half().to(y))
     return {"y": y.detach(), "dqkv": gradient}
 
 
@@ -31,11 +31,11 @@ def run(function, qkv, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_outputs_and_gradients(backend, case, dtype, normalize):
+def test_outputs_and_gradients(device, backend, case, dtype, normalize):
     B, T, H, D = CASES[case]
     qkv = torch.randn(B, T, 3, H, D, generator=torch.Generator().manual_seed(0))
-    qkv = qkv.to(DTYPES[dtype]).float()
-    table = rotary_table(T + 4, D)[4:]
+    qkv = qkv.to(device, DTYPES[dtype]).float()
+    table = rotary_table(T + 4, D, device=device)[4:]
 
     def fused(x):
         return rotary_qkv(x, table, normalize=normalize, backend=backend)
@@ -52,9 +52,9 @@ def test_outputs_and_gradients(backend, case, dtype, normalize):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_input_and_repetition(backend):
-    qkv = torch.randn(7, 2, 3, 8, 2).permute(1, 0, 2, 4, 3)
-    table = rotary_table(7, 8)
+def test_strided_input_and_repetition(device, backend):
+    qkv = torch.randn(7, 2, 3, 8, 2, device=device).permute(1, 0, 2, 4, 3)
+    table = rotary_table(7, 8, device=device)
     y = rotary_qkv(qkv, table, normalize=True, backend=backend)
     assert torch.equal(y, rotary_qkv(qkv.contiguous(), table, normalize=True, backend=backend))
 
@@ -108,15 +108,16 @@ def test_torch_func():
     assert torch.allclose(torch.func.grad(loss)(qkv), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_opcheck():
-    qkv = torch.randn(1, 9, 3, 2, 16, requires_grad=True)
+def test_opcheck(device):
+    qkv = torch.randn(1, 9, 3, 2, 16, device=device, requires_grad=True)
     op = torch.ops.kernels.rotary_forward.default
-    torch.library.opcheck(op, (qkv, rotary_table(9, 16), True))
+    torch.library.opcheck(op, (qkv, rotary_table(9, 16, device=device), True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend):
-    qkv, table = torch.randn(1, 9, 3, 2, 16), rotary_table(9, 16)
+def test_compiles_whole(device, backend):
+    qkv = torch.randn(1, 9, 3, 2, 16, device=device)
+    table = rotary_table(9, 16, device=device)
 
     def f(x):
         return rotary_qkv(x, table, normalize=True, backend=backend)
@@ -145,7 +146,7 @@ def test_odd_head_size_has_no_table():
         rotary_table(4, 7)
 
 
-def test_triton_refuses_float64():
-    qkv = torch.zeros(1, 2, 3, 1, 4, dtype=torch.float64)
+def test_triton_refuses_float64(device):
+    qkv = torch.zeros(1, 2, 3, 1, 4, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match="float64 needs backend='eager'"):
-        rotary_qkv(qkv, rotary_table(2, 4), backend="triton")
+        rotary_qkv(qkv, rotary_table(2, 4, device=device), backend="triton")
