@@ -484,6 +484,13 @@ _PLANS = {
 # float32, whose products are of scalars: what a thread multiplies it holds in registers. Below 64
 # rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
 _FLOAT32 = (Plan(32, 32, 4, 1), Plan(32, 16, 4, 1), Plan(16, 16, 8, 1))
+# float32 in TF32, D <= 64 and D <= 128, but for AMD: tensor cores take the products, wgmma those
+# with 64 rows. On sm_90 with dropout instructions an element fall from 61 to 30 (forward), 81 to
+# 30 (dq) and 62 to 47 (dkdv).
+_TF32 = (
+    dict.fromkeys(("forward", "dq", "dkdv"), Plan(64, 32, 4, 1)),
+    {"forward": Plan(64, 16, 4, 1), "dq": Plan(32, 16, 4, 1), "dkdv": Plan(16, 64, 4, 1)},
+)
 # sm_90, D = 85: of the plans tried those of the least static bound: 19.4, 23.4 and 34.3 us on an
 # H200 at the notebook's size with Triton 3.7.1, 31.9, 48.7 and 53.3 with 3.6, under which all three
 # spill; under 3.7.1 dkdv does, mostly what it needs after its loops.
@@ -492,13 +499,17 @@ _ODD_ROWS = {
 }  # fmt: skip
 
 
-def plan(kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bool) -> Plan:
-    """The launch plan of `kernel`, "forward", "dq" or "dkdv"."""
+def plan(
+    kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bool, tf32: bool = False
+) -> Plan:
+    """The launch plan of `kernel`, "forward", "dq" or "dkdv"; tf32: float32 is multiplied so."""
     if architecture == "interpreter":
         # Small and not square, so that small tests cross every kind of block edge; the same for
         # all kernels, because numpy's products round differently in each shape.
         return Plan(16, 32, 4, 1) if D <= 32 else Plan(32, 16, 4, 1)
     size = (D > 64) + (D > 128)
+    if tf32 and size < 2 and not architecture.startswith("gfx"):
+        return _TF32[size][kernel]
     if dtype == torch.float32:
         return _FLOAT32[1 if kernel == "dq" and size == 0 else size]
     if D > 64 and D % 16:  # elements of odd rows are loaded one by one
@@ -525,7 +536,9 @@ def _qk_scale(q, scale: float) -> float:
 def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tuple[Plan, dict]:
     """The plan of a launch and the constexpr arguments it shares with the others."""
     D, architecture = q.shape[-1], backend.architecture(q.device)
-    blocks = blocks or plan(kernel, architecture, D, q.dtype, dropout_p > 0)
+    precision = backend.product_precision(q.dtype)
+    tf32 = precision == "tf32"
+    blocks = blocks or plan(kernel, architecture, D, q.dtype, dropout_p > 0, tf32)
     return blocks, {
         "HEAD_DIM": D,
         "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
@@ -534,7 +547,7 @@ def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tupl
         "DROPOUT": dropout_threshold(dropout_p) > 0,
         "QUADS": dropout_threshold(dropout_p) > 0 and _quads(architecture, blocks.block_n),
         "HAS_FIRST": key is not None and key.numel() == 3,
-        "PRECISION": backend.product_precision(q.dtype),
+        "PRECISION": precision,
         "EXACT": q.dtype == torch.float32,
         "WIDEN": architecture == "interpreter" and q.dtype == torch.bfloat16,
         "num_warps": blocks.warps,

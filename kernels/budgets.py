@@ -17,7 +17,10 @@ from kernels.backend import triton
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 ALL = (*NVIDIA, "gfx942")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES = {
+    **{"bf16": torch.bfloat16, "fp16": torch.float16},
+    **{"fp32": torch.float32, "tf32": torch.float32},
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,19 @@ class Case:
     dtype: torch.dtype
     dropout_p: float
     arches: tuple[str, ...]
+    tf32: bool = False
     device: str = "meta"
 
     def __call__(self) -> None:
         """Run forward and backward."""
-        self.call(self)
+        settings = torch.backends.cuda.matmul
+        before = settings.fp32_precision
+        try:
+            if self.tf32:
+                settings.fp32_precision = "tf32"
+            self.call(self)
+        finally:
+            settings.fp32_precision = before
 
     def tensor(self, *shape: int) -> torch.Tensor:
         """Normal numbers, differentiable."""
@@ -134,7 +145,7 @@ def _case(op: str, name: str, arches: tuple[str, ...] = NVIDIA) -> Case:
             dropout_p = float(word[1:])
         elif word[0].isupper():
             sizes[word[0]] = int(word[1:])
-    return Case(op, name, _CALLS[op], sizes, dtype, dropout_p, arches)
+    return Case(op, name, _CALLS[op], sizes, dtype, dropout_p, arches, "tf32" in name)
 
 
 # The notebook's size (64 x 256 tokens, 6 heads of 64, C = 384, V = 65), GPT-2's, long contexts,
@@ -149,6 +160,8 @@ CASES = (
     _case("causal_attention", "B4-T4096-H12-D256-fp32", ("sm_89",)),
     _case("causal_attention", "B64-T256-H6-D85-bf16-p0.2", ("sm_90",)),
     _case("causal_attention", "B64-T256-H6-D64-fp32-p0.2", ("sm_90", "sm_100")),
+    _case("causal_attention", "B64-T256-H6-D64-tf32-p0.2", (*NVIDIA, "sm_89")),
+    _case("causal_attention", "B4-T4096-H12-D128-tf32-p0.2", ("sm_89", "sm_90", "sm_100")),
     _case("layer_norm", "M16384-C384-bf16", ALL),
     _case("layer_norm", "M16384-C768-bf16", ("sm_90",)),
     _case("layer_norm", "M16384-C1024-bf16", ("sm_90",)),
@@ -371,6 +384,29 @@ causal_attention B64-T256-H6-D64-fp32-p0.2
   _attention_forward_kernel sm_100 255 0 20480 2 197.6 -
   _attention_dq_kernel sm_100 152 0 22528 3 316.8 -
   _attention_dkdv_kernel sm_100 176 0 40960 2 304.8 -
+causal_attention B64-T256-H6-D64-tf32-p0.2
+  _attention_forward_kernel sm_80 216 0 24576 2 38.2 HMMA
+  _attention_dq_kernel sm_80 255 0 43008 2 39.9 HMMA
+  _attention_dkdv_kernel sm_80 176 0 81920 2 63.7 HMMA
+  _attention_forward_kernel sm_89 216 0 24576 2 38.2 HMMA
+  _attention_dq_kernel sm_89 255 0 43008 2 40.7 HMMA
+  _attention_dkdv_kernel sm_89 176 0 81920 1 67.1 HMMA
+  _attention_forward_kernel sm_90 176 0 24576 2 33.2 HGMMA
+  _attention_dq_kernel sm_90 216 0 57344 2 32.9 HGMMA
+  _attention_dkdv_kernel sm_90 232 0 81920 2 51.4 HGMMA+HMMA
+  _attention_forward_kernel sm_100 136 0 24584 3 32.5 UTCHMMA
+  _attention_dq_kernel sm_100 152 0 57352 3 36.0 UTCHMMA
+  _attention_dkdv_kernel sm_100 232 0 82944 2 66.0 HMMA+UTCHMMA
+causal_attention B4-T4096-H12-D128-tf32-p0.2
+  _attention_forward_kernel sm_89 240 0 45056 2 128.7 HMMA
+  _attention_dq_kernel sm_89 224 0 49152 2 138.3 HMMA
+  _attention_dkdv_kernel sm_89 255 0 98304 1 80.4 HMMA
+  _attention_forward_kernel sm_90 248 0 40960 2 56.8 HGMMA
+  _attention_dq_kernel sm_90 232 0 49152 2 124.3 HMMA
+  _attention_dkdv_kernel sm_90 255 0 98304 2 67.0 HGMMA+HMMA
+  _attention_forward_kernel sm_100 192 0 40968 2 54.5 UTCHMMA
+  _attention_dq_kernel sm_100 232 0 49152 2 127.9 HMMA
+  _attention_dkdv_kernel sm_100 176 0 98304 2 69.9 HMMA+UTCHMMA
 layer_norm M16384-C384-bf16
   _forward_kernel sm_80 72 0 0 28 19.1 -
   _backward_kernel sm_80 120 0 4096 4 32.5 -
@@ -511,6 +547,8 @@ causal_attention B64-T256-H6-D85-bf16-p0.2
   _attention_forward_kernel sm_90 255 36 40960 1 38.9 HGMMA
   _attention_dq_kernel sm_90 255 391 81920 1 35.5 HGMMA
   _attention_dkdv_kernel sm_90 255 324 77824 1 69.0 HGMMA+HMMA
+causal_attention B64-T256-H6-D64-tf32-p0.2
+  _attention_dq_kernel sm_100 176 0 57352 2 36.8 UTCHMMA
 layer_norm M16384-C384-bf16
   _forward_kernel sm_100 72 0 0 28 19.5 -
 dropout_add_layer_norm M16384-C384-bf16-p0.2
