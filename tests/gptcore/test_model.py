@@ -231,3 +231,17 @@ def test_equivalence_sees_damage(damage):
         gpt.blocks[0].proj.bias.data.zero_()
     damaged = gpt(idx, targets, make_key(0, step=1 if damage == "mask" else 0))[0]
     assert (damaged - expected).abs().max() > 1e-3
+
+
+def test_a_linear_map_may_keep_its_bias(device):
+    """As FSDP has it: the kernels then add no bias of the map before them."""
+    pytest.importorskip("triton", reason="the eager path lends none")
+    torch.manual_seed(0)
+    gpt = GPT(BASE.replace(backend="triton", dropout=0.2)).to(device)
+    idx, key = torch.randint(13, (2, 9), device=device), make_key(1, 2, device=device)
+    _, lent_loss, lent = run(gpt, idx, idx, key)
+    gpt.lends_biases = False
+    _, kept_loss, kept = run(gpt, idx, idx, key)
+    torch.testing.assert_close(kept_loss, lent_loss)
+    torch.testing.assert_close(kept, lent)
+    assert lent["blocks.0.proj.bias"].any()
