@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.timing import Call, Stopwatch, measure, paired_ratio, summarise
+from bench.timing import Call, Stopwatch, measure, paired_ratio, replayed, summarise
 from kernels.verify import Comparison, compare
 
 OURS = "gptcore"
@@ -94,7 +94,8 @@ class Case:
         contestants: the names that `open` yields, as far as they are asked for.
         unit: "TFLOP/s", "GB/s" or "tokens/s".
         quick: part of --quick; full: part of --full only.
-        flush: False where a call passes the caches many times over.
+        flush: False where a call passes the caches many times over. Where True a call is an op, on
+            a GPU replayed from a CUDA graph; else a step, with all that issues it.
         config: fields of the GPTConfig where a whole model is measured.
     """
 
@@ -179,6 +180,18 @@ def _within(c: Comparison, ratio: float) -> bool:
     )
 
 
+def started(contestant: Contestant, case: Case, device: torch.device) -> tuple[Call, str | None]:
+    """The call to be timed, run once; and why an op is not replayed on a GPU, where it is not."""
+    call = contestant.start()
+    call()
+    if case.flush and device.type == "cuda":
+        try:
+            return replayed(call, device), None
+        except RuntimeError as error:
+            return call, first_line(error)
+    return call, None
+
+
 def run_case(
     case: Case, options: Options, stopwatch: Stopwatch, ceilings: dict[str, float], seconds: float
 ) -> dict[str, Any]:
@@ -194,8 +207,9 @@ def run_case(
             if not check.passed:
                 result |= {"status": "failed", "reason": "; ".join(check.details) or check.text}
                 continue
-            call = contestant.start()
-            call()
+            call, reason = started(contestant, case, stopwatch.device)
+            if reason:
+                result["not_replayed"] = reason
         except Skip as reason:
             result |= {"status": "skipped", "reason": str(reason)}
         except torch.OutOfMemoryError:

@@ -80,11 +80,13 @@ def case_title(case: Record) -> str:
 
 
 def absent(case: Record) -> list[str]:
-    """Who was not timed, and why."""
+    """Who was not timed, or not like the others, and why."""
     return [
         f"{result['name']} {result['status']}: {result['reason']}"
-        for result in case["results"]
         if result["status"] != "timed"
+        else f"{result['name']} timed with all that issues it: {result['not_replayed']}"
+        for result in case["results"]
+        if result["status"] != "timed" or "not_replayed" in result
     ]
 
 

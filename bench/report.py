@@ -93,7 +93,10 @@ def case_lines(case: Record) -> list[str]:
 
 
 def absent_lines(content: Record) -> list[str]:
-    """Who was not timed and why, each reason once with the number of cases; what was left out."""
+    """Who was not timed, or not like the others, and why; what was left out.
+
+    Each reason stands once, with the number of its cases.
+    """
     counts: dict[str, int] = {}
     for case in content["cases"]:
         for reason in render.absent(case):
@@ -103,7 +106,7 @@ def absent_lines(content: Record) -> list[str]:
     lines = [f"- {reason} ({n} cases)" if n > 1 else f"- {reason}" for reason, n in counts.items()]
     if content.get("left_out"):
         lines.append(f"- left out for time: {', '.join(content['left_out'])}")
-    return ["Not timed:", "", *lines, ""] if lines else []
+    return ["Not timed, or not like the others:", "", *lines, ""] if lines else []
 
 
 def selfcheck_lines(selfcheck: Record) -> list[str]:

@@ -8,7 +8,7 @@ pytest bench --benchmark-compare               against the last saved
 
 import pytest
 
-from bench.harness import Skip
+from bench.harness import Skip, started
 from bench.peers import SDPA_WARNINGS
 from bench.timing import SelfTimed
 
@@ -24,8 +24,7 @@ def test_bench(benchmark, stopwatch, question, case, contestant_name):
     try:
         check = contestant.check()
         assert check.passed, check.details
-        call = contestant.start()
-        call()
+        call, not_replayed = started(contestant, case, stopwatch.device)
     except Skip as reason:
         pytest.skip(str(reason))
     if isinstance(call, SelfTimed):
@@ -49,4 +48,5 @@ def test_bench(benchmark, stopwatch, question, case, contestant_name):
 
     benchmark.group = f"{question}: {case.name} {case.dtype}"
     benchmark.extra_info |= {"check": check.text, "flops": case.work.flops}
+    benchmark.extra_info |= {"not_replayed": not_replayed} if not_replayed else {}
     benchmark.pedantic(synchronised, setup=flush, rounds=ROUNDS, warmup_rounds=1)

@@ -4,8 +4,9 @@ Method
     All contestants of a case take turns, one sample each a round, and the order turns too, so
     that a clock that drifts, a neighbour that wakes up and a chip that warms up meet all of them
     alike. A ratio is the median of the ratios within rounds, not the ratio of two medians.
-    On CUDA a sample lies between two events; the L2 is overwritten before it, and that write
-    keeps the GPU busy while Python issues the call. On the CPU the caches are overwritten before
+    On CUDA a sample lies between two events, the L2 overwritten before it; an op is captured in a
+    CUDA graph and replayed, because Python takes ten times as long to issue it as small kernels
+    take to run. Steps of whole models run as they are. On the CPU the caches are overwritten before
     each sample, unless the fastest contestant takes less than SHORT seconds: then every sample is
     many calls in a row on warm caches, because a clock cannot see one.
 """
@@ -79,6 +80,24 @@ class Stopwatch:
         for _ in range(calls):
             call()
         return (self.clock() - start) * 1e3 / calls
+
+
+def replayed(call: Call, device: torch.device) -> Call:
+    """`call` as a CUDA graph: its kernels back to back, without what issues them.
+
+    It runs a few times first, for whatever compiles or allocates on first use.
+    Raises: whatever torch raises of a call that cannot be captured.
+    """
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 class SelfTimed:

@@ -23,7 +23,7 @@ from bench.harness import (
     run_cases,
 )
 from bench.ops import FORWARD, TRAINING, Op, op_case, sweep_points
-from bench.timing import Stopwatch
+from bench.timing import Samples, Stopwatch
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy_gbps": 10.0, "matmul_tflops": 0.1, "dispatch_us": 5.0}
@@ -93,6 +93,35 @@ def test_absent_and_broken_peers_say_why_and_stop_nobody():
     }
     text = render.case_text(record)
     assert "absent skipped: not installed" in text and "broken failed: RuntimeError: no" in text
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["op", "step"])
+def test_ops_are_replayed_on_a_gpu_and_steps_are_not(flush, monkeypatch):
+    """There Python would take longer to issue an op than it runs."""
+
+    def replayed(call, device):
+        assert device == GPU
+        if call() == "cannot":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return lambda: "replay"
+
+    def measured(calls, *_, **__):
+        timed.update({name: call() for name, call in calls.items()})
+        return Samples({name: [1.0] for name in calls}, 1, True)
+
+    GPU, timed = torch.device("cuda"), {}
+    monkeypatch.setattr(harness, "replayed", replayed)
+    monkeypatch.setattr(harness, "measure", measured)
+    case = a_case(
+        contestant(OURS, lambda: "call"), contestant("peer", lambda: "cannot"), flush=flush
+    )
+    watch = Stopwatch(CPU, cache_bytes=0)
+    watch.device = GPU
+    record = run_case(case, OPTIONS, watch, CEILINGS, seconds=0.0)
+    assert timed == {OURS: "replay" if flush else "call", "peer": "cannot"}
+    reason = "RuntimeError: operation not permitted when stream is capturing"
+    assert [r.get("not_replayed") for r in record["results"]] == [None, reason if flush else None]
+    assert (f"peer timed with all that issues it: {reason}" in render.case_text(record)) == flush
 
 
 def test_a_record_says_rate_limit_and_ratio():
