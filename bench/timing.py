@@ -15,6 +15,7 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +86,21 @@ class Stopwatch:
 def replayed(call: Call, device: torch.device) -> Call:
     """`call` as a CUDA graph: its kernels back to back, without what issues them.
 
-    It runs a few times first, for whatever compiles or allocates on first use.
-    Raises: whatever torch raises of a call that cannot be captured.
+    It runs a few times first, for whatever compiles or allocates on first use, and once to see
+    that it never waits for the GPU: a capture that breaks leaves torch's generator and allocator
+    in its midst.
+    Raises: RuntimeError if it cannot be captured.
     """
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
+    with torch.cuda.stream(side), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the mode, which is a prototype
+        for mode in ("default", "default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
