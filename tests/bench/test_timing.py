@@ -1,6 +1,8 @@
 """The harness is honest: known slowness is reported as it is, whatever the machine does."""
 
+import contextlib
 import itertools
+import types
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from bench.timing import (
     Summary,
     measure,
     paired_ratio,
+    replayed,
     summarise,
 )
 
@@ -202,3 +205,38 @@ def test_quartiles():
     summary = summarise([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (summary.q25, summary.median, summary.q75, summary.spread) == (2.0, 3.0, 4.0, 2.0)
     assert summarise([3.0]) == Summary(3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_call_that_waits_for_the_gpu_is_not_captured(waits, monkeypatch):
+    """It is run before, in the mode that raises; torch's part of a capture is put on here."""
+    cuda, log = torch.cuda, []
+
+    def call():
+        log.append("call")
+        if waits and log[-2] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        log.append("capture")
+        yield
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    graph = types.SimpleNamespace(replay=lambda: log.append("replay"))
+    for name, fake in (
+        ("Stream", lambda device: stream),
+        ("current_stream", lambda device: stream),
+        ("stream", lambda stream: contextlib.nullcontext()),
+        ("set_sync_debug_mode", log.append),
+        ("CUDAGraph", lambda: graph),
+        ("graph", capture),
+    ):
+        monkeypatch.setattr(cuda, name, fake)
+    if waits:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            replayed(call, torch.device("cuda"))
+        assert log[-1] == "default" and "capture" not in log
+    else:
+        replayed(call, torch.device("cuda"))()
+        assert log[-6:] == ["error", "call", "default", "capture", "call", "replay"]
