@@ -5,6 +5,7 @@ where they use it. They get one batch for free; gptcore draws its own.
 """
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable
 
@@ -217,8 +218,13 @@ def naive_step(model, train: TrainConfig, batch, options: Options) -> Callable[[
     return plain_step(model, optimizer, batch, torch.float32)
 
 
-def nanogpt_step(model, train: TrainConfig, batch, options: Options) -> Callable[[], None]:
-    """nanoGPT's, as its train.py does it: its own optimizer groups, fused on CUDA only."""
+def nanogpt_step(
+    model, train: TrainConfig, batch, options: Options, compiled: nn.Module | None = None
+) -> Callable[[], None]:
+    """nanoGPT's, as its train.py does it: its own optimizer groups, fused on CUDA only.
+
+    compiled: `model` through torch.compile, to compute in its place.
+    """
     with silenced():
         optimizer = model.configure_optimizers(
             train.weight_decay,
@@ -226,7 +232,10 @@ def nanogpt_step(model, train: TrainConfig, batch, options: Options) -> Callable
             (train.beta1, train.beta2),
             options.device.type,
         )
-    return plain_step(model, optimizer, batch, options.dtype, grad_clip=train.grad_clip)
+    forward = functools.partial(loss_of, model if compiled is None else compiled)
+    return plain_step(
+        model, optimizer, batch, options.dtype, grad_clip=train.grad_clip, forward=forward
+    )
 
 
 # Peers that a process of their own can time: how one is built from a GPT, and its step.

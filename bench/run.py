@@ -51,7 +51,7 @@ def peers_of(words: list[str]) -> tuple[str, ...]:
 
     Raises: ConfigError for an unknown one.
     """
-    known = (*PEERS, *SDPA_BACKENDS, "compile-default", "compile-max")
+    known = (*PEERS, *SDPA_BACKENDS, "compile-default", "compile-max", "nanogpt-compile")
     names = [name for word in words for name in word.split(",") if name]
     if names == ["none"]:
         return ()

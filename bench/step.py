@@ -7,8 +7,9 @@ Method
     gptcore runs its trainer's step, batches included; peers get one batch for free. Before that
     the logits of each (dropout off) are held against the naive model in float64, peers in their
     own wiring. nanoGPT's and transformers' models are wired differently (tied head, GELU) and
-    are compared for their size. On a CPU "naive" and "nanogpt" train in plain Python processes of
-    their own, so that what gptcore asks of this one's allocator cannot help them.
+    are compared for their size; on a GPU nanoGPT's also compiled, as its train.py does by itself.
+    On a CPU "naive" and "nanogpt" train in plain Python processes of their own, so that what
+    gptcore asks of this one's allocator cannot help them.
 Formula
     FLOPs: 6 a matrix weight and token, plus three times the causal half of attention's products.
     bytes: AdamW's traffic alone, 28 a parameter; activations depend on who computes.
@@ -35,7 +36,7 @@ from gptcore.flags import Settings
 from kernels.rng import make_key
 
 CORPUS_VOCABULARY = 65
-PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", "nanogpt")
+PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", "nanogpt", "nanogpt-compile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +145,10 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
         wired = bench.wired(models.NANOGPT_WIRING)
         return models.to_nanogpt(wired, options), wired
 
+    def compiled_nanogpt(model):
+        peers.require_compiler(options, "compile")
+        return models.nanogpt_step(model, bench.train, bench.batch, options, torch.compile(model))
+
     def transformers():
         wired = bench.wired(models.GPT2_WIRING)
         return models.to_transformers(wired, options).train(), wired
@@ -170,6 +175,8 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
         peer("transformers", transformers, fused),
         peer("nanogpt", nanogpt, stepping("nanogpt", models.NANOGPT_WIRING)),
     ]
+    if options.device.type == "cuda":  # where its train.py compiles unless told not to
+        contestants.append(peer("nanogpt-compile", nanogpt, compiled_nanogpt))
     for contestant in contestants:
         if options.wants(contestant.name) and (only is None or contestant.name in only):
             yield contestant
