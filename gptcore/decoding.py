@@ -91,8 +91,12 @@ class FixedCache(KVCache):
         self.storage.length = 0
 
     def rows(self, table, T):
-        """The next token's row (1, ...); called once a forward, it notes what the token sees."""
-        self.visible = (self.slots <= self.position)[None, None, None]  # (1, 1, 1, S)
+        """The next token's row (1, ...); called once a forward, it notes what the token sees.
+
+        As SDPA adds it to scores: of a boolean mask it would make that anew in every layer.
+        """
+        bias = torch.where(self.slots <= self.position, 0.0, -torch.inf)
+        self.bias = bias.to(self.keys.dtype)[None, None, None]  # (1, 1, 1, S)
         return table.index_select(0, self.position)
 
     def attend(self, layer, q, k, v, *, scale, **_):
@@ -100,7 +104,7 @@ class FixedCache(KVCache):
         keys, values = self.keys[layer], self.values[layer]
         keys.index_copy_(2, self.position, k)
         values.index_copy_(2, self.position, v)
-        return F.scaled_dot_product_attention(q, keys, values, self.visible, scale=scale)
+        return F.scaled_dot_product_attention(q, keys, values, self.bias, scale=scale)
 
     def advance(self, T):
         """Nothing: whoever drives the steps moves `position`."""
