@@ -5,8 +5,8 @@ Method
     that a clock that drifts, a neighbour that wakes up and a chip that warms up meet all of them
     alike. A ratio is the median of the ratios within rounds, not the ratio of two medians.
     On CUDA a sample lies between two events, the L2 overwritten before it; an op is captured in a
-    CUDA graph and replayed, because Python takes ten times as long to issue it as small kernels
-    take to run. Steps of whole models run as they are. On the CPU the caches are overwritten before
+    CUDA graph and replayed, because Python may take longer to issue small kernels than they take
+    to run. Steps of whole models run as they are. On the CPU the caches are overwritten before
     each sample, unless the fastest contestant takes less than SHORT seconds: then every sample is
     many calls in a row on warm caches, because a clock cannot see one.
 """

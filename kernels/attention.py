@@ -48,8 +48,7 @@ def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0)
     return p @ v
 
 
-# Up to one block the plain form needs no blocks, and its few ops are 1.2 to 2 times as fast (4x6x
-# 128x64 with dropout, forward and backward, 2 cores: 14.7 ms, in blocks 25.6), for 8 bytes a
+# Up to one block the plain form needs no blocks, and its few ops are faster, for 8 bytes a
 # probability until the backward.
 _SMALL = attention_eager.BLOCK_ELEMENTS  # probabilities
 
@@ -96,7 +95,7 @@ def _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site):
 
 # SDPA's backward subtracts rowsum(do * o) where the equation has rowsum(P * dp). The two round
 # alike, and leave nothing where the sums have few terms: below so many queries its gradients of
-# queries and keys are 2 to 4 times as far off as the equation's.
+# queries and keys break the 2x rule.
 _FLASH_QUERIES = 32
 
 
@@ -110,8 +109,8 @@ def _flash(q, k, v, scale, dropout_p):
         return None
     if trains:
         # SDPA's forward and backward round scale * q.k differently, unless scale is a power of two:
-        # probabilities then miss the sum they are divided by, and gradients are up to 9 times as
-        # far off. Multiplied into q, the scale is rounded once.
+        # probabilities then miss the sum they are divided by, and gradients break the 2x rule.
+        # Multiplied into q, the scale is rounded once.
         q, scale = q * scale, 1.0
         if Tq == Tk and q.requires_grad and not _traced():
             q.register_hook(_without_first_query)

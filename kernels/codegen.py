@@ -46,7 +46,8 @@ DEFAULT_GPUS = {
 }
 MEASUREMENTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 # Of the tensor cores' peak, what mma.sync (HMMA) reaches on Hopper on average, where wgmma comes
-# within 5% of it (Luo et al. 2025, arXiv:2501.12084, section 6.2). Not measured here.
+# within 5% of it: Luo et al. 2025, arXiv:2501.12084, section 6.2, as others quote it. Not measured
+# here.
 LEGACY_RATE = 0.629
 Row = dict[str, Any]
 

@@ -62,7 +62,7 @@ def rows(architecture: str, winners: dict[tuple[str, int], Plan]) -> str:
 def _time_ms(run: Callable[[], None], flush: torch.Tensor) -> float:
     """Median time of `run`, replayed from a CUDA graph, with a cold L2 cache.
 
-    Python takes longer to launch a kernel of so many arguments than small ones take to run.
+    Python may take longer to launch a kernel of so many arguments than a small one takes to run.
     """
     run()
     graph = torch.cuda.CUDAGraph()
