@@ -1,12 +1,14 @@
 """Every question: its cases can be listed for nothing, and a tiny one can be answered."""
 
 import dataclasses
+import functools
 import importlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench import kernels, memory, models, step, time_to_loss
 from bench import record as recording
@@ -174,6 +176,27 @@ def test_nanogpt_steps_in_a_process_of_its_own_and_its_words_are_not_answers(tmp
     config = TINY.replace(**models.NANOGPT_WIRING)
     worker.begin("nanogpt", config, TrainConfig(batch_size=2), options)
     assert worker.step_ms() > 0
+
+
+def test_nanogpt_compiled_takes_the_steps_of_nanogpt(tmp_path):
+    """The same stand-in through torch.compile, as its train.py runs on a GPU."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    options = dataclasses.replace(OPTIONS, nanogpt=tmp_path)
+    config = TINY.replace(**models.NANOGPT_WIRING)
+    batch = tuple(torch.arange(2 * 8).view(2, 8) % config.vocab_size for _ in range(2))
+    weights = []
+    compiler = CompileCounterWithBackend("aot_eager")
+    for through in (None, functools.partial(torch.compile, backend=compiler)):
+        torch.manual_seed(0)
+        model = models.to_nanogpt(GPT(config), options)
+        before = model.transformer.wte.weight.detach().clone()
+        compiled = through and through(model)
+        take = models.nanogpt_step(model, TrainConfig(batch_size=2), batch, options, compiled)
+        take()
+        weights.append(model.transformer.wte.weight.detach())
+        assert not torch.equal(weights[-1], before)
+    assert compiler.frame_count == 1
+    torch.testing.assert_close(*weights)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
