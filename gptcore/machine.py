@@ -16,6 +16,9 @@ from gptcore.config import ConfigError
 def pick_device(name: str) -> torch.device:
     """The device that `--device` names; "auto" is the GPU if there is one.
 
+    A GPU becomes the current one: streams that CUDA graphs are captured on, and events, are made
+    there, wherever the tensors are.
+
     Raises: ConfigError if there is no such device.
     """
     if name == "auto":
@@ -31,6 +34,8 @@ def pick_device(name: str) -> torch.device:
             f"device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
             "use --device cpu or install the build of torch for your GPU"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

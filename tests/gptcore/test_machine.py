@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gptcore import machine
+from gptcore.config import ConfigError
 
 FAULTS = """
 import resource, sys
@@ -150,3 +151,16 @@ def test_fewer_threads_than_cores_stay_so(monkeypatch):
     torch.set_num_threads(2)
     machine.limit_threads()
     assert torch.get_num_threads() == 2
+
+
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    """A CUDA graph is captured on a stream of the current device: on another it would be empty."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert machine.pick_device("cuda:1") == torch.device("cuda:1")
+    assert machine.pick_device("cuda") == torch.device("cuda")
+    machine.pick_device("cpu:0")
+    assert chosen == [torch.device("cuda:1")]
+    with pytest.raises(ConfigError, match="sees 2 GPUs"):
+        machine.pick_device("cuda:2")
