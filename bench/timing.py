@@ -5,12 +5,13 @@ Method
     that a clock that drifts, a neighbour that wakes up and a chip that warms up meet all of them
     alike. A ratio is the median of the ratios within rounds, not the ratio of two medians.
     On CUDA a sample lies between two events, the L2 overwritten before it; an op is captured in a
-    CUDA graph and replayed, because Python may take longer to issue small kernels than they take
-    to run. Steps of whole models run as they are. On the CPU the caches are overwritten before
-    each sample, unless the fastest contestant takes less than SHORT seconds: then every sample is
-    many calls in a row on warm caches, because a clock cannot see one.
+    CUDA graph, events and all, and replayed, because Python may take longer to issue small kernels
+    than they take to run. Steps of whole models run as they are. On the CPU the caches are
+    overwritten before each sample, unless the fastest contestant takes less than SHORT seconds:
+    then every sample is many calls in a row on warm caches, because a clock cannot see one.
 """
 
+import functools
 import gc
 import math
 import statistics
@@ -69,6 +70,10 @@ class Stopwatch:
             return call()
         if cold:
             self.flush()
+        if isinstance(call, Replayed) and call.events is not None:
+            call()
+            torch.cuda.synchronize(self.device)
+            return call.events[0].elapsed_time(call.events[1])
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -83,7 +88,34 @@ class Stopwatch:
         return (self.clock() - start) * 1e3 / calls
 
 
-def replayed(call: Call, device: torch.device) -> Call:
+class Replayed:
+    """A call captured in a CUDA graph, and the events at its ends.
+
+    Attributes:
+        events: recorded in the graph itself, so that no sample holds what a replay issues before
+            it: a graph that draws random numbers, as peers' dropout does, is handed seed and
+            offset by two kernels more. None on ROCm, whose graphs cannot record events.
+    """
+
+    def __init__(self, call: Call):
+        self._graph, self.events = torch.cuda.CUDAGraph(), None
+        if torch.version.hip is None:
+            event = functools.partial(torch.cuda.Event, enable_timing=True, external=True)
+            self.events = event(), event()
+        with torch.cuda.graph(self._graph):
+            self._record(0)
+            call()
+            self._record(1)
+
+    def _record(self, which: int) -> None:
+        if self.events is not None:
+            self.events[which].record()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
+def replayed(call: Call, device: torch.device) -> Replayed:
     """`call` as a CUDA graph: its kernels back to back, without what issues them.
 
     It runs a few times first, for whatever compiles or allocates on first use, and once to see
@@ -102,10 +134,7 @@ def replayed(call: Call, device: torch.device) -> Call:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return Replayed(call)
 
 
 class SelfTimed:

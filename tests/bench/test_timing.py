@@ -207,20 +207,27 @@ def test_quartiles():
     assert summarise([3.0]) == Summary(3.0, 3.0, 3.0)
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_call_that_waits_for_the_gpu_is_not_captured(waits, monkeypatch):
-    """It is run before, in the mode that raises; torch's part of a capture is put on here."""
-    cuda, log = torch.cuda, []
-
-    def call():
-        log.append("call")
-        if waits and log[-2] == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch's part of a capture, put on: the log of what was asked of it."""
+    log = []
 
     @contextlib.contextmanager
     def capture(graph):
         log.append("capture")
         yield
+        log.append("captured")
+
+    class Event:
+        def __init__(self, **how):
+            assert how == {"enable_timing": True, "external": True}
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, other):
+            assert other is not self
+            return 0.5
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     graph = types.SimpleNamespace(replay=lambda: log.append("replay"))
@@ -231,12 +238,40 @@ def test_a_call_that_waits_for_the_gpu_is_not_captured(waits, monkeypatch):
         ("set_sync_debug_mode", log.append),
         ("CUDAGraph", lambda: graph),
         ("graph", capture),
+        ("Event", Event),
+        ("synchronize", lambda device: log.append("synchronize")),
     ):
-        monkeypatch.setattr(cuda, name, fake)
-    if waits:
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            replayed(call, torch.device("cuda"))
-        assert log[-1] == "default" and "capture" not in log
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return log
+
+
+def test_a_call_that_waits_for_the_gpu_is_not_captured(cuda):
+    """It is run before, in the mode that raises."""
+
+    def call():
+        if cuda[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        replayed(call, torch.device("cuda"))
+    assert cuda[-1] == "default" and "capture" not in cuda
+
+
+@pytest.mark.parametrize("rocm", [False, True])
+def test_a_replayed_sample_lies_between_the_events_of_its_graph(rocm, cuda, monkeypatch):
+    """What torch issues before a replay, two kernels where random numbers are drawn, is not in it;
+    ROCm cannot record events in a graph, and has them around it."""
+    monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
+    call = replayed(lambda: cuda.append("call"), torch.device("cuda"))
+    ends = [] if rocm else ["event"]
+    captured = ["capture", *ends, "call", *ends, "captured"]
+    assert cuda[-len(captured) - 3 :] == ["error", "call", "default", *captured]
+    cuda.clear()
+    watch = Stopwatch(torch.device("cpu"), cache_bytes=0)
+    watch.device = torch.device("cuda")
+    if not rocm:
+        assert watch.sample(call) == 0.5
+        assert cuda == ["replay", "synchronize"]
     else:
-        replayed(call, torch.device("cuda"))()
-        assert log[-6:] == ["error", "call", "default", "capture", "call", "replay"]
+        call()
+        assert cuda == ["replay"] and call.events is None
