@@ -78,11 +78,15 @@ class Contestant:
     """One way to do the work.
 
     `start()` returns the call to be timed; it and `check()` raise Skip where they cannot run.
+
+    Args:
+        warm_ups: untimed calls until each is like the next.
     """
 
     name: str
     start: Callable[[], Call]
     check: Callable[[], Check]
+    warm_ups: int = 1
 
 
 @dataclass(frozen=True)
@@ -181,9 +185,10 @@ def _within(c: Comparison, ratio: float) -> bool:
 
 
 def started(contestant: Contestant, case: Case, device: torch.device) -> tuple[Call, str | None]:
-    """The call to be timed, run once; and why an op is not replayed on a GPU, where it is not."""
+    """The call to be timed, warm; and why an op is not replayed on a GPU, where it is not."""
     call = contestant.start()
-    call()
+    for _ in range(contestant.warm_ups):
+        call()
     if case.flush and device.type == "cuda":
         try:
             return replayed(call, device), None

@@ -125,8 +125,9 @@ class _Bench:
 
 def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterator[Contestant]:
     bench = _Bench(size, options)
-    source, compute = bench.source, bench.run.update.compute
-    yield Contestant(OURS, bench.ours, lambda: bench.check(compute, compute, ours=True))
+    source, update = bench.source, bench.run.update
+    check = functools.partial(bench.check, update.compute, update.compute, ours=True)
+    yield Contestant(OURS, bench.ours, check, update.warm_ups)
 
     def peer(name, build, step):
         """`build()` -> (model, source of its weights), once, for the check and for the step."""

@@ -28,6 +28,7 @@ from gptcore.replay import Replay
 from kernels.rng import make_key
 
 EAGER_UPDATES = 3  # before capture: lazy initialisation, autotuning, allocator
+_WARM_UPS = EAGER_UPDATES + 2  # and those that record, or capture, and prove what is replayed
 CPU_ELEMENTS = 16 * 256 * 384  # tokens * n_embd in a micro-batch on a CPU
 # Up to so many probabilities of attention in a layer, elements of an activation, and logits a CPU
 # replays: one thread issues all ops then, attention in one piece, and Python is much of the time.
@@ -80,6 +81,7 @@ class Step:
     Attributes:
         compute: the module that forward runs: `model`, or what computes it in `dtype`.
         eager_reason: why updates are not replayed, None if they are.
+        warm_ups: updates until each takes as long as the next.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Step:
             self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.eager_reason = eager_reason(config, model.config, device, dtype, world)
+        self.warm_ups = 1 if self.eager_reason else _WARM_UPS
         self.guard = Guard(optimizer, device, step)
         self.updates, self.graph, self.loss, self.replay = 0, None, None, None
 

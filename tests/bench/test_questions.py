@@ -15,7 +15,7 @@ from bench import record as recording
 from bench import worker as workers
 from bench.__main__ import QUESTIONS
 from bench.conftest import QUESTIONS as PYTEST_QUESTIONS
-from bench.harness import OURS, Options, Skip, distinct, run_case
+from bench.harness import OURS, Options, Skip, distinct, run_case, started
 from bench.run import options_of, peers_of
 from bench.timing import Stopwatch
 from bench.worker import Worker
@@ -86,6 +86,18 @@ def test_a_step_is_checked_and_timed_beside_its_peers():
     record = run_case(case, options, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
     timed = [result["name"] for result in record["results"] if result["status"] == "timed"]
     assert timed == [OURS, "naive", "eager"], record["results"]
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_no_sample_of_a_step_holds_what_its_first_updates_set_up(cuda_graph):
+    """Recording, or capturing, and proving are over when the first sample is taken."""
+    options = dataclasses.replace(OPTIONS, data="pydoc", peers=())
+    case = step.step_case(tiny_step(cuda_graph=cuda_graph), options)
+    ours = next(iter(case.open()))
+    started(ours, case, CPU)
+    update = ours.start.__self__.run.update
+    assert update.updates == update.warm_ups == (5 if cuda_graph else 1)
+    assert (update.replay is not None and update.replay.proven) == cuda_graph
 
 
 def test_a_step_of_wrong_weights_is_not_timed(monkeypatch):
@@ -273,6 +285,31 @@ def test_a_run_ends_with_the_first_evaluation_at_the_target(trainer):
     assert runs == {seed: pytest.approx(run) for seed, run in wanted.items()}
     assert all(run["reached"] for run in content["runs"])
     assert content["absent"] == {"nanogpt": "no folder named: --nanogpt DIR"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_caches_are_filled_by_a_step_that_does_not_count(device, monkeypatch):
+    """17 kernels of a training step would be compiled within the time of the first run."""
+    asked = []
+
+    def runner(who):
+        def run(options, seed, flags=()):
+            asked.append((who, seed, *flags))
+            row = {"who": who, "seed": seed, "seconds": 1.0, "steps": 2, "val_loss": 3.0}
+            return row | {"reached": False, "curve": []}
+
+        return run
+
+    monkeypatch.setattr(time_to_loss, "gptcore_run", runner(OURS))
+    monkeypatch.setattr(time_to_loss, "nanogpt_run", runner("nanogpt"))
+    options = dataclasses.replace(OPTIONS, device=torch.device(device), seeds=2)
+    content = time_to_loss.answer(options, None, None, None)
+    counted = [(who, seed) for seed in (1337, 1338) for who in (OURS, "nanogpt")]
+    assert [(run["who"], run["seed"]) for run in content["runs"]] == counted
+    if device == "cuda":
+        first = [(OURS, 1337, "--max_iters", "1"), ("nanogpt", 1337, "--max_iters=1")]
+        counted = [first[0], counted[0], first[1], *counted[1:]]
+    assert asked == counted
 
 
 def test_a_run_out_of_time_has_not_reached_the_target(trainer):
