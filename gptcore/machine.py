@@ -147,27 +147,55 @@ def _words(path: Path) -> tuple[str, ...]:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product, best of a few: what MFU is measured against."""
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / _least_seconds(device, lambda: a @ a)
+
+    def product() -> Callable[[], object]:
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        return lambda: a @ a
+
+    return 2 * n**3 / _least_seconds(device, product)
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes/s read and written by a copy past the caches, best of a few."""
-    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / _least_seconds(device, lambda: target.copy_(source))
+    size = 1 << 30 if device.type == "cuda" else 1 << 27
+
+    def copy() -> Callable[[], object]:
+        source = torch.ones(size // 4, device=device)
+        target = torch.zeros_like(source)
+        return lambda: target.copy_(source)
+
+    return 2 * size / _least_seconds(device, copy)
 
 
-def _least_seconds(device: torch.device, call: Callable[[], object]) -> float:
-    """Seconds of the fastest of six calls."""
-    best = math.inf
+def _least_seconds(device: torch.device, build: Callable[[], Callable[[], object]]) -> float:
+    """Seconds of the fastest of six calls of what `build` returns.
+
+    The peak of a GPU's memory starts anew after them, without the tensors that `build` made.
+    """
+    call, best = build(), math.inf
+    raise_clocks(device, call)
     for _ in range(6):
         synchronize(device)
         start = time.perf_counter()
         call()
         synchronize(device)
         best = min(best, time.perf_counter() - start)
+    del call
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     return best
+
+
+def raise_clocks(device: torch.device, call: Callable[[], object]) -> None:
+    """Keep a GPU at `call` for 50 ms: while it was idle its clocks fell."""
+    if device.type != "cuda":
+        return
+    call()  # the first may take that long to load its kernel
+    synchronize(device)
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.05:
+        call()
+        synchronize(device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -6,7 +6,9 @@ import types
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
+from bench import timing
 from bench.selfcheck import agree, repeated, slowed, two_runs
 from bench.timing import (
     FEW_ROUNDS,
@@ -14,6 +16,7 @@ from bench.timing import (
     SelfTimed,
     Stopwatch,
     Summary,
+    ceilings,
     measure,
     paired_ratio,
     replayed,
@@ -193,6 +196,46 @@ def test_flushing_overwrites_every_byte_of_the_cache_buffer():
     watch._cache.fill_(7)
     watch.flush()
     assert watch._cache.count_nonzero() == 0
+
+
+def test_twice_the_last_level_cache_is_overwritten(monkeypatch):
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 1 << 16)
+    assert Stopwatch(CPU)._cache.nbytes == 2 << 16
+
+
+class OnMeta(TorchFunctionMode):
+    """Tensors without numbers, whatever device is asked for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("device", "copied", "n", "copies"), [("cpu", 48 << 20, 1024, 1), ("cuda", 256 << 20, 8192, 10)]
+)
+def test_ceilings_are_work_over_the_time_of_one_call(monkeypatch, device, copied, n, copies):
+    """Samples of a second each, a GPU's clocks raised before the first."""
+    log = []
+
+    def sample(call, calls=1, cold=True):
+        log.append(calls)
+        return 1e3 / calls
+
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 24 << 20)
+    monkeypatch.setattr(timing, "raise_clocks", lambda device, call: log.append(device.type))
+    watch = types.SimpleNamespace(device=torch.device(device), sample=sample)
+    with OnMeta():
+        found = ceilings(watch, torch.bfloat16, samples=1)
+    assert log == [device, copies, 1, 1000]
+    expected = {
+        "copy_gbps": 2 * copied * copies / 1e9,
+        "matmul_tflops": 2 * n**3 / 1e12,
+        "dispatch_us": 1e3,
+    }
+    assert found == pytest.approx(expected)
 
 
 def test_a_call_in_a_process_of_its_own_brings_its_own_time():

@@ -1,9 +1,12 @@
 """What the machine is asked for."""
 
+import itertools
 import math
 import os
 import subprocess
 import sys
+import types
+import weakref
 
 import pytest
 import torch
@@ -164,3 +167,49 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
     assert chosen == [torch.device("cuda:1")]
     with pytest.raises(ConfigError, match="sees 2 GPUs"):
         machine.pick_device("cuda:2")
+
+
+def read_from(monkeypatch, seconds):
+    """Let machine read this clock."""
+    monkeypatch.setattr(machine, "time", types.SimpleNamespace(perf_counter=seconds))
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("rate", "work"),
+    [
+        (lambda: machine.matmul_rate(META, torch.float32), 2 * 1024**3),
+        (lambda: machine.copy_rate(META), 2 * 2**27),
+    ],
+    ids=["matmul", "copy"],
+)
+def test_a_rate_is_work_over_the_seconds_of_the_fastest_call(monkeypatch, rate, work):
+    """Calls take 2, 0.5 and 3 s in turns."""
+    read_from(monkeypatch, itertools.accumulate(itertools.cycle([9, 2, 9, 0.5, 9, 3])).__next__)
+    assert rate() == work / 0.5
+
+
+def test_a_gpu_is_measured_at_its_clocks_and_its_peak_forgets_that(monkeypatch):
+    """The first call takes a second, the others 20 ms: three to raise clocks, six that count."""
+    now, calls, at_reset = [0.0], [], []
+
+    def build():
+        def call():
+            now[0] += 0.02 if calls else 1.0
+            calls.append(now[0])
+
+        calls_itself = weakref.ref(call)
+
+        def reset(device):
+            at_reset.extend((device, calls_itself(), len(calls)))
+
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+        return call
+
+    read_from(monkeypatch, lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    gpu = torch.device("cuda:1")
+    assert machine._least_seconds(gpu, build) == pytest.approx(0.02)
+    assert at_reset == [gpu, None, 1 + 3 + 6]
