@@ -88,6 +88,12 @@ def test_a_step_is_checked_and_timed_beside_its_peers():
     assert timed == [OURS, "naive", "eager"], record["results"]
 
 
+def test_a_step_moves_seven_numbers_a_parameter():
+    """AdamW reads it, its gradient and two moments, and writes all but the gradient."""
+    case = step.step_case(tiny_step(), OPTIONS)
+    assert case.work.bytes == 7 * 4 * GPT(GPTConfig(**case.config)).num_parameters()
+
+
 @pytest.mark.parametrize("cuda_graph", [True, False])
 def test_no_sample_of_a_step_holds_what_its_first_updates_set_up(cuda_graph):
     """Recording, or capturing, and proving are over when the first sample is taken."""
@@ -239,6 +245,18 @@ def test_peak_memory_is_what_was_held_at_once():
         return c.sum()
 
     assert 8000 <= memory.peak_bytes(call, CPU) <= 8200
+
+
+def test_generation_reads_all_weights_for_every_new_token():
+    """nanogpt-char: six layers of 12 C x C, the head tied to 65 tokens, 256 positions, 13 norms."""
+    from bench.generate import cases
+
+    matrices = 6 * 12 * 384**2 + 65 * 384
+    weights = matrices + 256 * 384 + 13 * 384
+    for case in cases(dataclasses.replace(OPTIONS, dtype=torch.bfloat16)):
+        B, new = case.shape["B"], case.shape["N"]
+        assert case.work.flops == 2 * matrices * B * (16 + new)
+        assert (case.work.bytes, case.work.tokens) == (2 * weights * new, B * new)
 
 
 def test_greedy_tokens_are_checked_against_float64():

@@ -132,3 +132,16 @@ def test_a_sweep_is_drawn_in_the_order_of_its_axis():
     groups = render.sweeps([a_case(512, 40.0), a_case(256, 10.0)])
     ((key, group),) = groups.items()
     assert key == ("T", "core forward") and [case["shape"]["T"] for case in group] == [256, 512]
+
+
+def test_the_roofline_is_in_gflops(monkeypatch, tmp_path):
+    """1e9 FLOP and 1e6 bytes a token, 512 tokens in 40 ms, under the ceilings of that record."""
+    drawn = []
+    monkeypatch.setattr(render, "save", lambda drawing, path: drawn.append(drawing))
+    questions = {"attention": {"cases": [a_case(512, 40.0)], "ceilings": CEILINGS}}
+    record = {"environment": {"device": "CPU"}, "questions": questions}
+    render.plot_roofline(record, OURS, tmp_path)
+    roof, points = drawn[0].axes[0].lines
+    xs, ys = roof.get_data()
+    assert ys == pytest.approx([min(456, 12.3 * x) for x in xs]) and ys[0] < 456 == ys[-1]
+    assert points.get_xydata().tolist() == [[1000, 12800]]

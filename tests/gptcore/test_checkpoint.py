@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from gptcore.checkpoint import (
     write_checkpoint,
 )
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
-from gptcore.files import fingerprint
+from gptcore.files import fingerprint, replace_text
 from gptcore.model import MODELS, build_model
 from gptcore.tokenizer import CharTokenizer
 
@@ -109,6 +110,31 @@ def test_nothing_but_the_checkpoint_is_left(folder):
     save(folder, build_model("gpt", SHAPE), step=8)
     assert [path.name for path in folder.parent.iterdir()] == ["last"]
     assert open_checkpoint(folder).progress.step == 8
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """The log of what was synced, as inodes, and of "rename"."""
+    log, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: log.append(os.fstat(file).st_ino) or fsync(file))
+    for owner, name in ((Path, "rename"), (os, "replace")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real: log.append("rename") or real(*a))
+    return log
+
+
+def test_a_checkpoint_is_on_the_disk_before_and_after_it_takes_its_name(folder, disk):
+    """Its files and their entries before; the entries of the run folder after."""
+    save(folder, build_model("gpt", SHAPE), step=8)
+    *first, before, old, new, after = disk
+    assert {path.stat().st_ino for path in folder.iterdir()} == set(first)
+    assert before == folder.stat().st_ino and after == folder.parent.stat().st_ino
+    assert old == new == "rename"
+
+
+def test_a_text_is_on_the_disk_before_it_takes_its_name(tmp_path, disk):
+    replace_text(tmp_path / "a.json", "{}")
+    assert disk == [(tmp_path / "a.json").stat().st_ino, "rename"]
 
 
 class Killed(BaseException):

@@ -249,3 +249,40 @@ def test_floors_at_the_notebooks_size():
     assert profile.floor_s(OPTIMIZER) == pytest.approx(75e-6 * 44 / 28, rel=0.1)
     assert profile.floor_s(PRODUCTS) == pytest.approx(1.046e12 / 790e12, rel=2e-3)
     assert profile.mfu == pytest.approx(1.104e12 / 790e12 / 6e-3, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "update"),
+    [
+        ("adamw", torch.float32, 28 + 4),
+        ("sgd", torch.float32, 20 + 4),
+        ("adamw", torch.bfloat16, 28 + 4 + 12),
+    ],
+    ids=["adamw", "sgd", "bfloat16"],
+)
+def test_work_by_hand(optimizer, dtype, update):
+    """24 tokens; matrices 4 x 12, 4 x 4, 4 x 16, 16 x 4 and 4 x 5."""
+    model = GPT(GPTConfig(n_layer=1, n_embd=4, n_head=1, block_size=8, vocab_size=5))
+    work = work_of(model, TrainConfig(batch_size=3, optimizer=optimizer), dtype)
+    size, parameters = dtype.itemsize, sum(p.numel() for p in model.parameters())
+    assert {kind: (done.flops, done.bytes) for kind, done in work.items()} == {
+        PRODUCTS: (6 * 24 * 212, 3 * size * (24 * (16 + 8 + 20 + 20 + 9) + 212)),
+        ATTENTION: (6 * 24 * 4 * 9, size * 12 * 24 * 4),
+        OTHER: (24 * (37 * 4 + 2 * 5), size * 24 * (37 * 4 + 2 * 5)),
+        OPTIMIZER: (parameters * update / 4, parameters * update),
+        DATA: (0, 24 * (2 * 2 + 2 * 8)),
+        GAPS: (0, 0),
+    }
+
+
+def test_the_roofline_bends_where_a_copy_is_as_slow_as_a_product(monkeypatch, tmp_path):
+    """100 FLOP/s and 10 bytes/s; 80 FLOPs on 4 bytes in 2 s."""
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *a, **k: drawn.append(self)
+    )
+    work = dict.fromkeys(KINDS, roofline.Work()) | {PRODUCTS: roofline.Work(80.0, 4.0)}
+    roofline.Profile(dict.fromkeys(KINDS, 2.0), work, 12, 12, 1, 100, 10).plot(tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    assert axes.lines[0].get_xydata().tolist() == [[0.1, 1], [10, 100], [80, 100]]
+    assert axes.collections[0].get_offsets().tolist() == [[20, 40]]

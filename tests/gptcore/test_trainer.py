@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import types
 
 import pytest
 import torch
@@ -10,14 +11,15 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from gptcore import checkpoint, machine, trainer
+from gptcore import log as logs
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, RunError, TrainConfig
 from gptcore.data import BatchStream
 from gptcore.flags import parse_settings
 from gptcore.guard import Guard
-from gptcore.log import read_metrics
+from gptcore.log import Log, read_metrics
 from gptcore.optim import learning_rate, parameter_groups
-from gptcore.trainer import evaluate, evaluate_exactly, prepare, training_step
+from gptcore.trainer import Evaluation, evaluate, evaluate_exactly, prepare, training_step
 
 
 def weights_of(folder, name="last"):
@@ -205,6 +207,26 @@ def test_metrics_have_exactly_these_keys(trained_run):
     assert evaluations[-1] < evaluations[0]
     assert records[-1]["val_loss"] == evaluations[-1]
     assert records[-1]["val_bits_per_character"] == pytest.approx(evaluations[-1] / math.log(2))
+
+
+def test_the_log_says_what_the_clock_says(prepared, tmp_path, monkeypatch):
+    """Two steps of 2.5 s, of 0.5 s at the machine's rate, on bytes: four of three characters."""
+    (tmp_path / "text.txt").write_text("né " * 2000, encoding="utf-8")
+    run = prepared("--tokenizer=bytes", f"--data={tmp_path / 'text.txt'}")
+    now = [100.0]
+    monkeypatch.setattr(logs, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    log = Log(run, step_seconds_at_rate=0.5)
+    with log.progress_bar():
+        for run.update.step in (1, 2):
+            now[0] += 2.5
+            log.stepped(torch.tensor(3.0))
+    (record,) = read_metrics(log.path)
+    tokens = run.config.sequences * run.model.config.block_size
+    assert [record[name] for name in ("step", "loss", "step_ms", "tokens_per_s", "mfu")] == [
+        *(2, 3.0, 2500.0, tokens / 2.5, 0.2)
+    ]
+    one_bit = Evaluation(loss=math.log(2), accuracy=0.5, exact_match=0.0)
+    assert log.bits_per_character(one_bit) == pytest.approx(4 / 3, rel=1e-2)
 
 
 def test_best_is_the_best_and_last_the_last(trained_run):

@@ -15,8 +15,8 @@ import torch
 import kernels
 from kernels import codegen
 from kernels.budgets import BUDGETS, CASES, Budget
-from kernels.disassembly import find_loops, parse_amdgcn, parse_sass
-from kernels.gpus import GPUS, MULTIPROCESSORS, occupancy
+from kernels.disassembly import Loop, find_loops, parse_amdgcn, parse_sass
+from kernels.gpus import GPU, GPUS, MULTIPROCESSORS, occupancy
 
 pytest.importorskip("triton", reason="codegen compiles Triton kernels")
 
@@ -192,16 +192,68 @@ def test_a_budget_of_two_kinds_wants_both():
     assert "tensor core" in budget.breaches(ROW)[0]
 
 
+REPORT = codegen.Report(
+    *("_kernel", "sm_90", (1,), {}, 4, 1, 128, 0, 0, 0, 0, 1, "registers"),
+    tensor_core={"HGMMA.64x64x16.F32.BF16": 3, "HMMA.16816.F32.BF16": 8},
+    **{"global_loads": {}, "transcendental": 0, "instructions": 1, "loops": (), "bytes": 0},
+)
+
+
 def test_the_share_of_the_slower_products():
     """A 64 x 64 x 16 product takes four warps one HGMMA, or each of them 8 HMMA."""
-    report = codegen.Report(
-        *("_kernel", "sm_90", (1,), {}, 4, 1, 128, 0, 0, 0, 0, 1, "registers"),
-        tensor_core={"HGMMA.64x64x16.F32.BF16": 3, "HMMA.16816.F32.BF16": 8},
-        **{"global_loads": {}, "transcendental": 0, "instructions": 1, "loops": (), "bytes": 0},
+    assert REPORT.legacy_share() == 0.25
+    assert replace(REPORT, arch="sm_80").legacy_share() == 0
+    assert replace(REPORT, tensor_core={}).legacy_share() == 0
+
+
+SLOWED = 0.75 + 0.25 / 0.629  # a quarter of the products by mma.sync
+
+
+@pytest.mark.parametrize(
+    "kernel, dtype, floor_us, bound_us, bound_by, loop, per_element",
+    [
+        ("_attention_forward_kernel", torch.bfloat16, 2.4, 2.4 * SLOWED, "mma.sync", 30, 30),
+        ("_attention_dq_kernel", torch.bfloat16, 3.6, 3.6 * SLOWED, "mma.sync", 30, 30),
+        ("_attention_dkdv_kernel", torch.bfloat16, 4.8, 4.8 * SLOWED, "mma.sync", 30, 30),
+        ("_attention_dkdv_kernel", torch.float32, 9.6, 9.6 * SLOWED, "mma.sync", 30, 30),
+        ("_long_cross_entropy_kernel", torch.bfloat16, 1.0, 2.68, "instructions", 50, 50),
+        ("_sum_partials_kernel", torch.bfloat16, 1.0, 1.0, "bytes", 30, None),
+    ],
+    ids=["forward", "dq", "dkdv", "tf32", "two-passes", "bytes"],
+)
+def test_figures_by_hand(kernel, dtype, floor_us, bound_us, bound_by, loop, per_element):
+    """120 query-key pairs of D = 50 or 2 x 3,072 logits in tiles of 128, and 1,000 bytes.
+
+    1 GB/s, 10 GFLOP/s in bfloat16 and 5 in TF32, 4 warp instructions a nanosecond.
+    """
+    gpu = GPU("toy", "sm_90", 1, 1e9, 1e9, 0, {"bfloat16": 10e9, "tf32": 5e9}, 0, 0)
+    loops = [(100, False), (10, True), (30, True), (20, True)]
+    report = replace(
+        REPORT,
+        kernel=kernel,
+        grid=(2,),
+        constants={"BLOCK_M": 8, "BLOCK_N": 16, "LANES": 16},
+        instructions=200,
+        loops=tuple(Loop(size, 0, 0, 0, innermost) for size, innermost in loops),
+        bytes=1000,
     )
-    assert report.legacy_share() == 0.25
-    assert replace(report, arch="sm_80").legacy_share() == 0
-    assert replace(report, tensor_core={}).legacy_share() == 0
+    case = replace(CASES[0], sizes={"B": 1, "H": 1, "T": 15, "D": 50, "V": 3000}, dtype=dtype)
+    row = codegen._figures(report, case, gpu)
+    assert (row["bound_by"], row["loop"], row["per_element"]) == (bound_by, loop, per_element)
+    assert (row["floor_us"], row["bound_us"]) == pytest.approx((floor_us, bound_us))
+
+
+def test_budgets_have_a_little_to_spare():
+    """8 registers, a tenth of the instructions; programs that fit with those registers."""
+    row = ROW | {"registers": 121, "warps": 4, "occupancy": 4}
+    other = row | {"registers": 100, "per_element": 18.0, "tensor_core": {"HMMA.16816": 1}}
+    most = {"kernel": "_most_kernel", "registers": 253, "spills": 7, "shared": 0, "occupancy": 1}
+    most |= {"per_element": None, "tensor_core": {}}
+    assert codegen._budget_lines([row, other, row | most, {"error": "ptxas died"}]) == [
+        "op case",
+        "  _kernel sm_90 136 0 49152 3 22.0 HGMMA+HMMA",
+        "  _most_kernel sm_90 255 7 0 1 - -",
+    ]
 
 
 def test_check_wants_a_budget_for_every_kernel_and_a_kernel_for_every_budget(monkeypatch):
