@@ -37,6 +37,13 @@ class RunError(_OneLine, RuntimeError):
     """A run that broke; the command lines print it as one line and exit with 1."""
 
 
+def _option(default, help, *, choices=None, least=None, above=None, below=None):
+    """A field with the help text of its flag and the rule its values obey."""
+    rule = {"choices": choices, "least": least, "above": above, "below": below}
+    metadata = {"help": help, **{name: value for name, value in rule.items() if value is not None}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Shape and wiring of a GPT; the defaults are the notebook's model.
@@ -46,57 +53,54 @@ class GPTConfig:
     Raises: ConfigError, naming the field, the rule and the value.
     """
 
-    vocab_size: int = 65
-    block_size: int = 256
-    n_layer: int = 6
-    n_head: int = 6
-    n_embd: int = 384
-    head_size: int | None = None  # None: n_embd // n_head, which need not divide
-    dropout: float = 0.2
-    embedding_dropout: bool = False  # nanoGPT and GPT-2 drop the embedding too
-    qkv_bias: bool = False
-    bias: bool = True  # of projection, feed-forward and LayerNorm
-    head_bias: bool = True
-    tied_head: bool = False  # the output head shares the token embedding
-    activation: str = "relu"
-    attention_scale: str = "n_embd"  # scores times n_embd**-0.5 (the seeds) or head_size**-0.5
-    position: str = (
-        "learned"  # an embedding, or "rotary": queries and keys turned by their position
+    vocab_size: int = _option(65, "tokens", least=1)
+    block_size: int = _option(256, "longest context, tokens", least=1)
+    n_layer: int = _option(6, "blocks", least=1)
+    n_head: int = _option(6, "heads of a block", least=1)
+    n_embd: int = _option(384, "channels", least=1)
+    head_size: int | None = _option(
+        None, "channels of a head; default n_embd // n_head, which need not divide", least=1
     )
-    qk_norm: bool = False  # with rotary: queries and keys of one length
-    token_shift: bool = False  # each embedding plus a learnt share of the one before it
-    init: str = "notebook"  # N(0,1) embeddings, default Linear; "gpt2": N(0, init_std), see below
-    init_std: float = 0.02  # of "gpt2"; of projections onto the residual over sqrt(2 n_layer)
-    backend: str = "auto"  # of the fused ops: "auto", "triton" or "eager"
+    dropout: float = _option(0.2, "probability, everywhere", least=0, below=1)
+    embedding_dropout: bool = _option(False, "drop the embedding too, as nanoGPT and GPT-2 do")
+    qkv_bias: bool = _option(False, "biases of queries, keys and values")
+    bias: bool = _option(True, "biases of projection, feed-forward and LayerNorm")
+    head_bias: bool = _option(True, "bias of the output head")
+    tied_head: bool = _option(False, "the output head shares the token embedding")
+    activation: str = _option(
+        "relu",
+        "relu, gelu (tanh), relu2 or gelu_erf (exact; nanoGPT's, not fused)",
+        choices=ACTIVATIONS,
+    )
+    attention_scale: str = _option(
+        "n_embd", "scores times n_embd**-0.5 (the seeds) or head_size**-0.5", choices=SCALE_RULES
+    )
+    position: str = _option(
+        "learned", "learned, or rotary: queries and keys turned by position", choices=POSITIONS
+    )
+    qk_norm: bool = _option(False, "normalise queries and keys; needs position rotary")
+    token_shift: bool = _option(
+        False, "add to each embedding a learnt share, by channel, of the one before it"
+    )
+    init: str = _option(
+        "notebook",
+        "notebook: N(0,1) embeddings, default Linear; gpt2: N(0, init_std), projections onto the "
+        "residual over sqrt(2 n_layer)",
+        choices=("notebook", "gpt2"),
+    )
+    init_std: float = _option(0.02, "standard deviation of init gpt2", above=0)
+    backend: str = _option(
+        "auto", "of the fused ops: auto, triton or eager", choices=("auto", "triton", "eager")
+    )
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1; got {value!r}")
+        for field in dataclasses.fields(self):
+            check_field(field, getattr(self, field.name))
         if self.head_size is None and self.n_embd < self.n_head:
             raise ConfigError(
                 f"n_embd // n_head must be at least 1; got n_embd {self.n_embd}, "
                 f"n_head {self.n_head}"
             )
-        if self.head_size is not None and self.head_size < 1:
-            raise ConfigError(f"head_size must be at least 1; got {self.head_size!r}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1); got {self.dropout!r}")
-        if not 0 < self.init_std < math.inf:
-            raise ConfigError(f"init_std must be above 0 and finite; got {self.init_std!r}")
-        choices = {
-            "activation": ACTIVATIONS,
-            "attention_scale": SCALE_RULES,
-            "position": POSITIONS,
-            "init": ("notebook", "gpt2"),
-            "backend": ("auto", "triton", "eager"),
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-
         if self.position == "rotary" and self.D % 2:
             raise ConfigError(f"position rotary needs an even head size; got {self.D}")
         if self.qk_norm and self.position != "rotary":
@@ -115,36 +119,6 @@ class GPTConfig:
     def replace(self, **changes) -> "GPTConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
-
-
-MODEL_HELP = {
-    "block_size": "longest context, tokens",
-    "n_layer": "blocks",
-    "n_head": "heads of a block",
-    "n_embd": "channels",
-    "head_size": "channels of a head; default n_embd // n_head",
-    "dropout": "probability, everywhere",
-    "embedding_dropout": "drop the embedding too",
-    "qkv_bias": "biases of queries, keys and values",
-    "bias": "biases of projection, feed-forward and LayerNorm",
-    "head_bias": "bias of the output head",
-    "tied_head": "the output head shares the token embedding",
-    "activation": "relu, gelu (tanh), relu2 or gelu_erf (exact; nanoGPT's, not fused)",
-    "attention_scale": "scores times n_embd**-0.5 or head_size**-0.5",
-    "position": "learned or rotary",
-    "qk_norm": "normalise queries and keys; needs position rotary",
-    "token_shift": "add to each embedding a learnt share, by channel, of the one before it",
-    "init": "notebook or gpt2",
-    "init_std": "standard deviation of init gpt2",
-    "backend": "of the fused ops: auto, triton or eager",
-}
-
-
-def _option(default, help, *, choices=None, least=None, above=None, below=None):
-    """A field with the help text of its flag and the rule its values obey."""
-    rule = {"choices": choices, "least": least, "above": above, "below": below}
-    metadata = {"help": help, **{name: value for name, value in rule.items() if value is not None}}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -349,10 +323,6 @@ def read_saved(content: Any, where: str) -> tuple[TrainConfig, GPTConfig]:
         train, model = (dict(part) for part in parts)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: config.json must hold train and model") from error
-    fields = {field.name: field for field in dataclasses.fields(GPTConfig)}
-    for name, value in model.items():
-        if name in fields:
-            check_field(fields[name], value)
     try:
         return TrainConfig(**train), GPTConfig(**model)
     except TypeError as error:

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import (
-    MODEL_HELP,
     ConfigError,
     GPTConfig,
     RunError,
     TrainConfig,
-    check_field,
     kind_name,
     kinds_of,
     suggestion,
@@ -160,10 +158,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default=None, help="where the settings start; default auto")
     parser.add_argument("--config", default=None, metavar="FILE.toml", help="settings, one a line")
     groups = (
-        ("run", dataclasses.fields(TrainConfig), lambda field: field.metadata["help"]),
-        ("model", _model_fields(), lambda field: MODEL_HELP[field.name]),
+        ("run", dataclasses.fields(TrainConfig)),
+        ("model", _model_fields()),
     )
-    for title, fields, help_of in groups:
+    for title, fields in groups:
         group = parser.add_argument_group(title)
         for field in fields:
             optional = {"nargs": "?", "const": True} if bool in kinds_of(field) else {}
@@ -173,7 +171,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
                 type=from_text(field),
                 default=argparse.SUPPRESS,
                 metavar="X",
-                help=(help_of(field) + default).replace("%", "%%"),
+                help=(field.metadata["help"] + default).replace("%", "%%"),
                 **optional,
             )
 
@@ -212,7 +210,7 @@ def read_toml(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise ConfigError(f"--config {path} is not TOML: {error}") from error
     values = {key.replace("-", "_"): value for key, value in raw.items()}
-    for key, value in values.items():
+    for key in values:
         if key == "preset":
             continue
         if key not in FIELDS:
@@ -220,8 +218,6 @@ def read_toml(path: str) -> dict[str, Any]:
                 f"unknown key {key!r} in {path}"
                 + (suggestion(key, list(FIELDS)) or "; its keys are train.py's flags")
             )
-        if FIELDS[key] in _model_fields():
-            check_field(FIELDS[key], value)
     return values
 
 

@@ -392,7 +392,7 @@ def _config(where, fields) -> GPTConfig:
         raise ConfigError(f"{where}: GPTConfig has no field {', '.join(unknown)}")
     try:
         return GPTConfig(**fields)
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

@@ -311,7 +311,7 @@ def test_nanogpt_refusals(tmp_path):
         ({"n_embd": 10**9}, "n_embd must be 16"),
         ({"vocab_size": 10**12}, "vocab_size must be 11"),
         ({"bias": False}, "has unknown h.0.attn.c_attn.bias.*and 10 more"),
-        ({"n_head": 0}, "n_head must be a whole number"),
+        ({"n_head": 0}, "n_head must be at least 1; got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_nanogpt(nanogpt_file(path, state, model_args=arguments | change))
@@ -434,7 +434,7 @@ def test_transformers_refusals(tmp_path):
         ({"n_inner": 7}, "n_inner must be 4 n_embd; got 7"),
         ({"n_layer": 3}, "n_layer must be 2"),
         ({"n_embd": "16"}, "n_embd must be a whole number"),
-        ({"resid_pdrop": "x"}, "not supported"),
+        ({"resid_pdrop": "x"}, "dropout must be a number; got 'x'"),
         ({"tie_word_embeddings": True}, "has unknown lm_head|^$"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content | changes))
