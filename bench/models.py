@@ -19,8 +19,6 @@ from gptcore.config import GPTConfig, TrainConfig
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
 
-Logits = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-
 
 def autocast(model: nn.Module, dtype: torch.dtype):
     """Mixed precision as training scripts use it; nothing where weights have `dtype` already."""

@@ -57,7 +57,6 @@ class Log:
         self.watch = Watch()
         self.started = time.perf_counter() - run.elapsed_s
         self.plotted = time.perf_counter()
-        self.first_step, self.trained_s = run.step, 0.0
         self.restart_clock()
 
     @contextlib.contextmanager
@@ -87,7 +86,6 @@ class Log:
         value = loss.item()
         now = time.perf_counter()
         seconds = (now - self.clock) / (run.step - self.clock_step)
-        self.trained_s += now - self.clock
         self.restart_clock()
         tokens_per_s = config.sequences * run.model.config.block_size / seconds
         lr = learning_rate(run.step - 1, config)

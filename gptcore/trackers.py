@@ -8,8 +8,6 @@ from typing import Any
 
 from gptcore.config import ConfigError
 
-TRACKERS = ("none", "tensorboard", "wandb")
-
 
 def check_tracker(name: str) -> None:
     """Raises: ConfigError if the package of tracker `name` is not installed."""

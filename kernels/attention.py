@@ -21,7 +21,6 @@ from kernels.backend import autocast_dtype, resolve, transforming
 from kernels.rng import (
     check_dropout,
     check_key,
-    dropout_keep_mask,
     dropout_scale,
     dropout_threshold,
 )
@@ -29,23 +28,6 @@ from kernels.rotary import rotary_qkv
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def attention_reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0):
-    """The equation, written plainly; dtype of the computation is dtype of the inputs."""
-    B, H, Tq, D = q.shape
-    Tk = k.shape[2]
-    scale = D**-0.5 if scale is None else scale
-    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-    p = ((q @ k.mT) * scale).masked_fill(~mask, float("-inf")).softmax(-1)
-    if dropout_p:
-        key = check_key("causal_attention", key, q.device)
-        first = int(key[2]) if key.numel() == 3 else 0
-        keep = dropout_keep_mask(
-            key, site, range(first * H, (first + B) * H), range(Tk - Tq, Tk), Tk, dropout_p
-        )
-        p = p * keep.view(B, H, Tq, Tk) * dropout_scale(dropout_p)
-    return p @ v
 
 
 # Up to one block the plain form needs no blocks, and its few ops are faster, for 8 bytes a

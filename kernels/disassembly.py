@@ -86,7 +86,6 @@ class Resources:
     """What one thread, or for `shared` one program, occupies; bytes unless a count."""
 
     registers: int
-    scalar_registers: int
     stack: int
     shared: int
     spills: int
@@ -119,7 +118,7 @@ def read_sass(cubin: bytes, cuobjdump: str) -> tuple[list[Instruction], Resource
     registers, stack, shared, local = map(int, usage.groups())
     instructions = parse_sass(result.stdout)
     spills = sum(i.spill_load or i.spill_store for i in instructions)
-    return instructions, Resources(registers, 0, stack + local, shared, spills)
+    return instructions, Resources(registers, stack + local, shared, spills)
 
 
 def parse_sass(text: str) -> list[Instruction]:
@@ -160,7 +159,6 @@ def read_amdgcn(text: str) -> tuple[list[Instruction], Resources]:
 
     resources = Resources(
         registers=field("vgpr_count"),
-        scalar_registers=field("sgpr_count"),
         stack=field("private_segment_fixed_size"),
         shared=field("group_segment_fixed_size"),
         spills=field("vgpr_spill_count") + field("sgpr_spill_count"),

@@ -50,7 +50,6 @@ class GPU:
     multiprocessors: int
     clock: float  # Hz, boost
     bandwidth: float  # bytes/s
-    l2: int  # bytes
     tensor_rate: dict[str, float]
     memory: float  # bytes
     link: float  # bytes/s to its peers, one direction
@@ -70,16 +69,12 @@ def _rates(half: float, tf32: float, fp32: float) -> dict[str, float]:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("A100", "sm_80", 108, 1.41e9, 2.04e12, 40 << 20, _rates(312, 156, 19.5), 80e9, 300e9),
-        GPU(
-            "RTX4090", "sm_89", 128, 2.52e9, 1.01e12, 72 << 20, _rates(165, 82.6, 82.6), 24e9, 32e9
-        ),
-        GPU("H100", "sm_90", 132, 1.83e9, 3.35e12, 50 << 20, _rates(989, 494, 67), 80e9, 450e9),
-        GPU("H200", "sm_90", 132, 1.83e9, 4.80e12, 50 << 20, _rates(989, 494, 67), 141e9, 450e9),
-        GPU("B200", "sm_100", 148, 1.965e9, 8e12, 126 << 20, _rates(2250, 1125, 75), 180e9, 900e9),
-        GPU(
-            "MI300X", "gfx942", 304, 2.1e9, 5.3e12, 256 << 20, _rates(1307, 654, 163), 192e9, 448e9
-        ),
+        GPU("A100", "sm_80", 108, 1.41e9, 2.04e12, _rates(312, 156, 19.5), 80e9, 300e9),
+        GPU("RTX4090", "sm_89", 128, 2.52e9, 1.01e12, _rates(165, 82.6, 82.6), 24e9, 32e9),
+        GPU("H100", "sm_90", 132, 1.83e9, 3.35e12, _rates(989, 494, 67), 80e9, 450e9),
+        GPU("H200", "sm_90", 132, 1.83e9, 4.80e12, _rates(989, 494, 67), 141e9, 450e9),
+        GPU("B200", "sm_100", 148, 1.965e9, 8e12, _rates(2250, 1125, 75), 180e9, 900e9),
+        GPU("MI300X", "gfx942", 304, 2.1e9, 5.3e12, _rates(1307, 654, 163), 192e9, 448e9),
     )
 }
 

@@ -71,11 +71,11 @@ def plain_attention(q, k, v, scale: float, keep: torch.Tensor | None, keep_scale
     return (p if keep is None else p * keep * keep_scale) @ v
 
 
-def attention_keep(key: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float):
+def attention_keep(key: torch.Tensor, B: int, H: int, Tq: int, Tk: int, p: float, site=SITE):
     """The mask of DESIGN's layout for attention: plane b * H + h, row the query's position."""
     first = int(key[2])
     planes, rows = range(first * H, (first + B) * H), range(Tk - Tq, Tk)
-    return rng.dropout_keep_mask(key, SITE, planes, rows, Tk, p).view(B, H, Tq, Tk)
+    return rng.dropout_keep_mask(key, site, planes, rows, Tk, p).view(B, H, Tq, Tk)
 
 
 def activation_keep(key: torch.Tensor, B: int, T: int, C: int, p: float):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kernels import attention, attention_eager, causal_attention, causal_attention_qkv
-from kernels.attention import attention_reference
 from kernels.checks import hold_rule
-from kernels.rng import dropout_keep_mask, make_key
+from kernels.problems import attention_keep, plain_attention
+from kernels.rng import dropout_keep_mask, dropout_scale, make_key
 
 BACKENDS = ("eager", "triton")
 SITE = 20
@@ -65,12 +65,19 @@ def comparisons(tensors, do, **options):
     return hold_rule(measure(tensors, do, **options))
 
 
+def reference(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, backend=None):
+    """The equation, written plainly, in the dtype of the inputs; `backend` is not asked."""
+    (B, H, Tq, D), Tk = q.shape, k.shape[2]
+    keep = attention_keep(key, B, H, Tq, Tk, dropout_p, site) if dropout_p else None
+    scale = D**-0.5 if scale is None else scale
+    return plain_attention(q, k, v, scale, keep, dropout_scale(dropout_p))
+
+
 def measure(tensors, do, function=causal_attention, **options):
     """o, dq, dk, dv: fused, plain, and in float64."""
-    reference_options = {k: v for k, v in options.items() if k != "backend"}
 
     def plain(q, k, v):
-        return attention_reference(q, k, v, **reference_options)
+        return reference(q, k, v, **options)
 
     with poisoned():
         actual = gradients_of(lambda *x: function(*x, **options), tensors, do)
