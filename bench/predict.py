@@ -1,27 +1,33 @@
 """python -m bench predict: a step's time, term by term, from FLOPs, bytes and kernel bounds.
 
 Model
-    step = products + attention + pointwise + optimizer + dispatch + exposed all-reduce
-    Each product of matrices takes max(FLOPs / rate, bytes / bandwidth). A fused kernel takes its
-    measured time where bench/results has one, else the static bound of `kernels.codegen`, else
-    its floor, over an assumed efficiency. A ring all-reduce over N GPUs moves 2 (N-1)/N of the
-    gradients over one link and hides behind the backward pass as far as that lasts.
+    step = products + attention + other kernels + optimizer + dispatch + exposed all-reduce
+    Each kind of work takes max(FLOPs / rate, bytes / bandwidth), both as `gptcore.roofline` counts
+    them. A fused kernel takes its measured time where bench/results has one, else the static bound
+    of `kernels.codegen`, else its floor, over an assumed efficiency. A ring all-reduce over N GPUs
+    moves 2 (N-1)/N of the gradients over one link and hides behind the last micro-batch's backward
+    pass as far as that lasts. Memory is what `gptcore.memory` holds a run against.
     What is assumed is printed with the figures. The same model, with the rates measured at the
     time, predicts every step that is checked in, and the error is printed too.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bench import record as recording
 from bench import render
-from bench.work import attention_products, matrix_weights, parameters
-from gptcore.config import ConfigError, GPTConfig
+from gptcore import memory
+from gptcore.config import ConfigError, GPTConfig, TrainConfig
 from gptcore.flags import split_fields
+from gptcore.model import GPT
 from gptcore.presets import PRESETS
+from gptcore.roofline import ATTENTION, OPTIMIZER, OTHER, PRODUCTS, work_of
+from gptcore.trainer import flops_per_step
+from kernels.budgets import CASES, Case
 from kernels.gpus import GPU, GPUS
 
 VOCABULARY = {"char": 65, "bytes": 256, "gpt2": 50257}
@@ -49,9 +55,9 @@ class Machine:
     bandwidth: float
     call_s: float
     calls: tuple[int, int]
-    itemsize: int
+    dtype: torch.dtype
     philox_s: float = 0.0
-    gpu: GPU | None = None
+    efficiency: float = 1.0  # of fused kernels
 
 
 def machine_of(gpu: GPU) -> Machine:
@@ -62,8 +68,8 @@ def machine_of(gpu: GPU) -> Machine:
         bandwidth=gpu.bandwidth * COPY_FRACTION,
         call_s=GRAPH_GAP_S,
         calls=KERNELS,
-        itemsize=2,
-        gpu=gpu,
+        dtype=torch.bfloat16,
+        efficiency=KERNEL_EFFICIENCY,
     )
 
 
@@ -77,64 +83,50 @@ def measured_machine(record, question: str, dtype: str) -> Machine:
         bandwidth=ceilings["copy_gbps"] * 1e9,
         call_s=ceilings["dispatch_us"] * 1e-6 * CPU_CALL_COST if cpu else GRAPH_GAP_S,
         calls=CPU_CALLS if cpu else KERNELS,
-        itemsize=4 if dtype == "float32" else 2,
+        dtype=getattr(torch, dtype),
         philox_s=PHILOX_S if cpu else 0.0,
+        efficiency=1.0 if cpu else KERNEL_EFFICIENCY,
     )
 
 
-def products(config: GPTConfig, B: int, T: int) -> Iterator[tuple[int, int, int, int]]:
-    """(how many, rows, inputs, outputs) of the matrix products of a forward pass."""
-    rows, C, width = B * T, config.n_embd, config.n_head * config.D
-    for inputs, outputs in ((C, 3 * width), (width, C), (C, 4 * C), (4 * C, C)):
-        yield config.n_layer, rows, inputs, outputs
-    yield 1, rows, C, config.vocab_size
+def meta(config: GPTConfig) -> GPT:
+    """The model, without memory."""
+    with torch.device("meta"):
+        return GPT(config)
 
 
-def pointwise_bytes(config: GPTConfig, B: int, T: int, itemsize: int) -> float:
-    """Of embedding, LayerNorm with its sum, and loss; forward and backward."""
-    tensor = B * T * config.n_embd * itemsize
-    return (18 * config.n_layer + 5 + 2) * tensor + 3 * B * T * config.vocab_size * itemsize
-
-
-def attention_bytes(config: GPTConfig, B: int, T: int, itemsize: int) -> float:
-    """q, k, v, o forward; those, do and dq, dk, dv backward."""
-    return 12 * config.n_layer * B * T * config.n_head * config.D * itemsize
-
-
-def dropped_elements(config: GPTConfig, B: int, T: int) -> float:
+def dropped_elements(config: GPTConfig, sequences: int) -> float:
     """Mask elements of a step, attention's causal half; drawn again in the backward pass."""
     if not config.dropout:
         return 0.0
-    attention = B * config.n_head * T * (T + 1) / 2
-    return 2 * config.n_layer * (attention + 2 * B * T * config.n_embd)
+    T = config.block_size
+    attention = config.n_head * T * (T + 1) / 2
+    return 2 * config.n_layer * sequences * (attention + 2 * T * config.n_embd)
 
 
 def terms(
-    config: GPTConfig, B: int, T: int, machine: Machine, kernels: dict[str, float] | None = None
+    model: GPT, train: TrainConfig, machine: Machine, kernels: dict[str, float] | None = None
 ) -> dict[str, float]:
-    """Seconds of each part of one step; `kernels` may hold "attention" and "pointwise"."""
-    kernels = kernels or {}
-    size = machine.itemsize
+    """Seconds of each part of one step; `kernels` may hold ATTENTION and OTHER of a micro-batch."""
+    config, micro_batches = model.config, train.gradient_accumulation_steps
+    work = work_of(model, train, machine.dtype)
 
-    def bounded(flops, moved):
-        return max(flops / machine.matmul, moved / machine.bandwidth)
+    def floor(kind, repeated=1.0):
+        flops = repeated * work[kind].flops
+        return max(flops / machine.matmul, work[kind].bytes / machine.bandwidth)
 
     found = {
-        "products": sum(
-            3 * n * bounded(2 * rows * a * b, size * (rows * (a + b) + a * b))
-            for n, rows, a, b in products(config, B, T)
-        ),
-        "attention": kernels.get("attention")
-        or bounded(3.5 * attention_products(config, B, T), attention_bytes(config, B, T, size))
-        / (KERNEL_EFFICIENCY if machine.gpu else 1),
-        "pointwise": kernels.get("pointwise")
-        or pointwise_bytes(config, B, T, size)
-        / machine.bandwidth
-        / (KERNEL_EFFICIENCY if machine.gpu else 1),
-        "masks": dropped_elements(config, B, T) * machine.philox_s,
-        # AdamW in float32; with half precision also the copy of weights and gradients.
-        "optimizer": (28 if size == 4 else 40) * parameters(config) / machine.bandwidth,
-        "dispatch": (machine.calls[0] * config.n_layer + machine.calls[1]) * machine.call_s,
+        PRODUCTS: floor(PRODUCTS),
+        # Backward computes the scores again: seven products of six.
+        ATTENTION: floor(ATTENTION, repeated=7 / 6) / machine.efficiency,
+        OTHER: floor(OTHER) / machine.efficiency,
+    }
+    found |= {kind: micro_batches * seconds for kind, seconds in (kernels or {}).items()}
+    calls = machine.calls[0] * config.n_layer + machine.calls[1]
+    found |= {
+        "masks": dropped_elements(config, train.sequences) * machine.philox_s,
+        "dispatch": micro_batches * calls * machine.call_s,
+        OPTIMIZER: floor(OPTIMIZER),
     }
     return {name: seconds for name, seconds in found.items() if seconds}
 
@@ -146,58 +138,58 @@ def all_reduce(weights: int, gpus: int, link: float) -> float:
     return 2 * (gpus - 1) / gpus * 4 * weights / link + 2 * (gpus - 1) * HOP_S
 
 
-def memory_bytes(config: GPTConfig, B: int, T: int, itemsize: int) -> dict[str, float]:
-    """What a step holds at its peak; dropout masks are drawn again, logits are never held."""
-    C, width, n = config.n_embd, config.n_head * config.D, parameters(config)
-    wide = 4 * C * (2 if config.activation == "gelu" else 1)
-    saved = config.n_layer * B * T * (itemsize * (4 * C + 4 * width + wide) + 4 * config.n_head)
-    return {
-        "weights, gradients, moments": 16.0 * n + (4.0 * n if itemsize == 2 else 0.0),
-        "activations": float(saved),
-    }
-
-
-def static_kernels(config: GPTConfig, B: int, T: int, gpu: GPU) -> tuple[dict[str, float], str]:
-    """Seconds of attention and of the pointwise kernels by `kernels.codegen`, and a remark.
-
-    Measured times of bench/results count as they are, static bounds over KERNEL_EFFICIENCY.
-    """
-    from kernels import backend
-
-    if not backend.HAS_TRITON or backend.interpreting():
-        return {}, "bounds of fused kernels: their floors, for Triton cannot compile here"
-    import torch
-
-    from kernels.budgets import CASES
-    from kernels.codegen import examine
-
+def fused_cases(config: GPTConfig, B: int, T: int, gpu: GPU) -> list[tuple[str, int, Case]]:
+    """(kind, how many in a micro-batch, case) of the model's fused ops."""
     H, D, C, V = config.n_head, config.D, config.n_embd, config.vocab_size
-    half, p = torch.bfloat16, config.dropout
+    rows, p = B * T, config.dropout
     wanted = (
-        ("causal_attention", {"B": B, "T": T, "H": H, "D": D}, p, config.n_layer),
-        ("dropout_add_layer_norm", {"M": B * T, "C": C}, p, 2 * config.n_layer),
-        ("embed", {"B": B, "T": T, "C": C, "V": V}, 0.0, 1),
-        ("cross_entropy", {"M": B * T, "V": V}, 0.0, 1),
+        (ATTENTION, config.n_layer, "causal_attention", {"B": B, "T": T, "H": H, "D": D}, p),
+        (OTHER, 1, "embed", {"B": B, "T": T, "C": C, "V": V}, p * config.embedding_dropout),
+        (OTHER, 1, "layer_norm", {"M": rows, "C": C}, 0.0),
+        (OTHER, 2 * config.n_layer, "dropout_add_layer_norm", {"M": rows, "C": C}, p),
+        (OTHER, config.n_layer, "linear_act", {"M": rows, "K": C, "N": 4 * C}, 0.0),
+        (OTHER, 1, "cross_entropy", {"M": rows, "V": V}, 0.0),
     )
-    seconds = {"attention": 0.0, "pointwise": 0.0}
-    for op, sizes, dropout_p, times in wanted:
-        shipped = next(case for case in CASES if case.op == op)
-        name = "-".join(f"{letter}{size}" for letter, size in sizes.items()) + "-bf16"
-        name += f"-p{dropout_p:g}" if dropout_p else ""
+    found = []
+    for kind, times, op, sizes, dropout_p in wanted:
+        words = [*(f"{letter}{size}" for letter, size in sizes.items()), "bf16"]
+        words += [f"p{dropout_p:g}"] if dropout_p else []
+        words += [config.activation] if op == "linear_act" else []
         case = dataclasses.replace(
-            shipped,
-            name=name,
+            next(case for case in CASES if case.op == op),
+            name="-".join(words),
             sizes=sizes,
-            dtype=half,
+            dtype=torch.bfloat16,
             dropout_p=dropout_p,
             arches=(gpu.arch,),
         )
-        for row in examine([case], [gpu.arch], {gpu.arch: gpu}):
+        found.append((kind, times, case))
+    return found
+
+
+# Launched by these cases, but not a kernel of OTHER: linear_act's is one of the products, and the
+# model's loss scales no gradient of logits, for linear_cross_entropy holds none.
+NOT_OTHER = ("_linear_act_kernel", "_scale_kernel")
+
+
+def static_kernels(config: GPTConfig, B: int, T: int, gpu: GPU) -> tuple[dict[str, float], str]:
+    """Seconds of ATTENTION and OTHER in a micro-batch by `kernels.codegen`, and a remark.
+
+    Measured times of bench/results count as they are, static bounds over KERNEL_EFFICIENCY.
+    """
+    from kernels import backend, codegen
+
+    if not backend.HAS_TRITON or backend.interpreting():
+        return {}, "bounds of fused kernels: their floors, for Triton cannot compile here"
+    seconds = {ATTENTION: 0.0, OTHER: 0.0}
+    for kind, times, case in fused_cases(config, B, T, gpu):
+        for row in codegen.examine([case], [gpu.arch], {gpu.arch: gpu}):
             if "error" in row:
                 return {}, f"bounds of fused kernels: floors; {row['kernel']} breaks on {gpu.arch}"
+            if row["kernel"] in NOT_OTHER:
+                continue
             bound = (row["bound_us"] or row["floor_us"]) / KERNEL_EFFICIENCY
-            part = "attention" if op == "causal_attention" else "pointwise"
-            seconds[part] += times * (row["measured_us"] or bound) * 1e-6
+            seconds[kind] += times * (row["measured_us"] or bound) * 1e-6
     return seconds, "bounds of fused kernels: of the code that Triton makes (kernels.codegen)"
 
 
@@ -209,40 +201,45 @@ def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
     names = {name.lower(): name for name in GPUS}
     if gpu.lower() not in names:
         raise ConfigError(f"unknown gpu {gpu!r}; known: {', '.join(names)}")
-    if model not in PRESETS:
-        raise ConfigError(f"unknown model {model!r}; known: {', '.join(PRESETS)}")
+    models = [name for name, given in PRESETS.items() if given.get("model", "gpt") == "gpt"]
+    if model not in models:
+        raise ConfigError(f"unknown model {model!r}; known: {', '.join(models)}")
     chosen = GPUS[names[gpu.lower()]]
-    config, B, micro_batches = preset(model)
+    train, config = preset(model)
     # GPUs share the step's sequences: first the micro-batches, then the sequences of one.
-    shared = math.gcd(micro_batches, gpus)
-    B, micro_batches = math.ceil(B * shared / gpus), micro_batches // shared
-    T, machine = config.block_size, machine_of(chosen)
+    shared = math.gcd(train.gradient_accumulation_steps, gpus)
+    train = train.replace(
+        batch_size=math.ceil(train.batch_size * shared / gpus),
+        gradient_accumulation_steps=train.gradient_accumulation_steps // shared,
+    )
+    B, micro_batches = train.batch_size, train.gradient_accumulation_steps
+    T, machine, built = config.block_size, machine_of(chosen), meta(config)
+    parameters = built.num_parameters()
     kernels, remark = static_kernels(config, B, T, chosen)
-    found = terms(config, B, T, machine, kernels)
-    optimizer = found.pop("optimizer")
-    compute = micro_batches * sum(found.values())
-    ring = all_reduce(parameters(config), gpus, chosen.link)
-    exposed = max(0.0, ring - BACKWARD_SHARE * sum(found.values()))
-    step = compute + optimizer + exposed
-    flops = 3 * (2 * matrix_weights(config) * B * T + attention_products(config, B, T))
-    tokens = B * T * micro_batches * gpus
-    mfu = micro_batches * flops / step / chosen.tensor_rate["bfloat16"]
-    memory = memory_bytes(config, B, T, machine.itemsize)
+    found = terms(built, train, machine, kernels)
+    ring = all_reduce(parameters, gpus, chosen.link)
+    last = (sum(found.values()) - found[OPTIMIZER]) / micro_batches
+    found["all-reduce not hidden"] = max(0.0, ring - BACKWARD_SHARE * last)
+    step = sum(found.values())
+    tokens = train.sequences * T * gpus
+    mfu = flops_per_step(built, train.sequences) / step / chosen.tensor_rate["bfloat16"]
 
     print(
-        f"{model} ({parameters(config):,} parameters) on {gpus} x {chosen.name}: "
+        f"{model} ({parameters:,} parameters) on {gpus} x {chosen.name}: "
         f"{micro_batches} x {B} x {T} tokens a GPU and step, bf16"
     )
     rows = [["a step", "ms", "share"]]
-    every = {name: micro_batches * seconds for name, seconds in found.items()}
-    every |= {"optimizer": optimizer, "all-reduce not hidden": exposed, "all": step}
+    every = found | {"all": step}
     rows += [[n, render.quantity(1e3 * s), f"{s / step:.0%}"] for n, s in every.items()]
     print(render.align(rows))
     print(f"{tokens / step:,.0f} tokens/s, MFU {mfu:.0%} of the data sheet's rate")
-    held = sum(memory.values())
+    need = memory.need(train, config, "cuda", machine.dtype)
+    held, fixed = need.bytes(B), need.fixed_bytes
     fits = "fits" if held < 0.95 * chosen.memory else "DOES NOT FIT"
-    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
-    print(f"memory {held / 1e9:.2f} GB a GPU ({parts}): {fits} in {chosen.memory / 1e9:.0f} GB")
+    print(
+        f"memory {held / 1e9:.2f} GB a GPU (weights, gradients, moments {fixed / 1e9:.2f}, "
+        f"activations {(held - fixed) / 1e9:.2f}): {fits} in {chosen.memory / 1e9:.0f} GB"
+    )
     print(
         "\nassumed\n"
         + "\n".join(f"- {line}" for line in [remark, *assumptions(chosen, gpus, ring)])
@@ -251,13 +248,13 @@ def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
     return 0
 
 
-def preset(name: str) -> tuple[GPTConfig, int, int]:
-    """The model of a preset, its batch and micro-batches."""
+def preset(name: str) -> tuple[TrainConfig, GPTConfig]:
+    """The configurations of a preset, without its data."""
     train, fields = split_fields(PRESETS[name])
     vocabulary = VOCABULARY[train.get("tokenizer", "char")]
     multiple = train.get("vocab_multiple", 1)
     config = GPTConfig(**fields, vocab_size=math.ceil(vocabulary / multiple) * multiple)
-    return config, train.get("batch_size", 64), train.get("gradient_accumulation_steps", 1)
+    return TrainConfig(**train), config
 
 
 def assumptions(gpu: GPU, gpus: int, ring: float) -> list[str]:
@@ -293,9 +290,9 @@ def validation(results: Path) -> list[tuple[str, str, float, float]]:
                 if ours is None:
                     continue
                 machine = measured_machine(record, question, case["dtype"])
-                config = GPTConfig(**case["config"])
-                shape = case["shape"]
-                predicted = 1e3 * sum(terms(config, shape["B"], shape["T"], machine).values())
+                model = meta(GPTConfig(**case["config"]))
+                train = TrainConfig(batch_size=case["shape"]["B"])
+                predicted = 1e3 * sum(terms(model, train, machine).values())
                 found.append((machine.name, case["case"], predicted, ours["median_ms"]))
     return found
 

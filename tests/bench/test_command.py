@@ -22,6 +22,7 @@ BAD = {
     "json folder": (["step", "--json", "/"], "must be a file"),
     "name of a gpu": (["predict", "--gpu", "h300"], "known: "),
     "model": (["predict", "--model", "gpt5"], "known: "),
+    "model that is no GPT": (["predict", "--model", "bigram"], "known: notebook, baby-cpu"),
     "gpus": (["predict", "--gpus", "0"], "must be above 0"),
     "seconds": (["--seconds", "-1"], "must be above 0"),
     "task and question": (["report", "step"], "stands alone"),
