@@ -1,5 +1,6 @@
 """python -m bench report: the JSON files of a folder become RESULTS.md, beside the folder."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ def section(stem: str, record: Record, pictures: list[Path], folder: Path) -> st
     ]
     unused = list(pictures)
     for question, content in record["questions"].items():
+        tables = tables_of(question, content)
+        if not content["cases"] and not tables:
+            continue
         lines += [f"### {question}", "", ceilings_line(content["ceilings"]), ""]
         for case in content["cases"]:
             lines += case_lines(case)
-        for table in content.get("tables", ()):
+        for table in tables:
             lines += [table["title"], "", render.markdown(table["rows"]), ""]
         grown = render.growth_text(content["cases"], OURS)
         if grown:
@@ -74,6 +78,13 @@ def section(stem: str, record: Record, pictures: list[Path], folder: Path) -> st
     if "selfcheck" in record:
         lines += selfcheck_lines(record["selfcheck"])
     return "\n".join(lines)
+
+
+def tables_of(question: str, content: Record) -> list[Record]:
+    """Titles and rows beside those of the cases; none with a header alone."""
+    module = importlib.import_module(f"bench.{question}")
+    tables = module.tables(content) if hasattr(module, "tables") else content.get("tables", [])
+    return [table for table in tables if len(table["rows"]) > 1]
 
 
 def ceilings_line(ceilings: dict[str, float]) -> str:

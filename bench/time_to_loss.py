@@ -281,20 +281,18 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
                 absent[who] = str(reason)
             else:
                 _show_run(runs[-1])
-    target, preset = target_of(options), preset_of(options)
-    title = f"to validation loss {target:g}, preset {preset}"
-    rows = table(runs)
-    print(f"\n{title}\n{render.align(rows)}")
-    for name, reason in absent.items():
-        print(f"  {name} skipped: {reason}")
-    return {
+    content = {
         "cases": [],
-        "target": target,
-        "preset": preset,
+        "target": target_of(options),
+        "preset": preset_of(options),
         "runs": runs,
-        "tables": [{"title": title, "rows": rows}],
         "absent": absent,
     }
+    for table in tables(content):
+        print(f"\n{table['title']}\n{render.align(table['rows'])}")
+    for name, reason in absent.items():
+        print(f"  {name} skipped: {reason}")
+    return content
 
 
 def _show_run(run: Run) -> None:
@@ -306,27 +304,41 @@ def _show_run(run: Run) -> None:
     )
 
 
-def table(runs: list[Run]) -> list[list[str]]:
-    """Mean and standard deviation over seeds, one row a contestant."""
-    rows = [["", "runs", "reached", "seconds", "steps", "val loss", "seconds / ours"]]
+def tables(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Title and rows for the runs of a record, if there are any."""
+    if not content["runs"]:
+        return []
+    title = f"to validation loss {content['target']:g}, preset {content['preset']}"
+    if any(run["who"] == "nanogpt" for run in content["runs"]):
+        title += "; nanogpt fixes its seed, and reaches the loss by its own estimate"
+    return [{"title": title, "rows": rows(content["runs"])}]
+
+
+def rows(runs: list[Run]) -> list[list[str]]:
+    """Mean and, of values that differ, standard deviation over runs; one row a contestant."""
+    header = ["", "runs", "seeds", "reached", "seconds", "steps", "val loss", "on whole split"]
+    table = [[*header, "seconds / ours"]]
     ours = [run["seconds"] for run in runs if run["who"] == OURS]
     for who in dict.fromkeys(run["who"] for run in runs):
         group = [run for run in runs if run["who"] == who]
-
-        def cell(key, group=group):
-            values = [run[key] for run in group]
-            mean = statistics.mean(values)
-            digits = 4 if key == "val_loss" else 1 if key == "seconds" else 0
-            if len(values) == 1:
-                return f"{mean:.{digits}f}"
-            return f"{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}"
-
+        seeds = len({run["seed"] for run in group})
+        exact = [run.get("exact_val_loss", run["val_loss"]) for run in group]
+        cells = [
+            _spread([run["seconds"] for run in group], 1),
+            _spread([run["steps"] for run in group], 0),
+            _spread([run["val_loss"] for run in group], 4),
+            "" if None in exact else _spread(exact, 4),  # no checkpoint was saved
+        ]
         seconds = statistics.mean(run["seconds"] for run in group)
         reached = f"{sum(run['reached'] for run in group)}/{len(group)}"
-        cells = [cell(key) for key in ("seconds", "steps", "val_loss")]
         ratio = f"{seconds / statistics.mean(ours):.2f}" if ours and sum(ours) else ""
-        rows.append([who, str(len(group)), reached, *cells, ratio])
-    return rows
+        table.append([who, str(len(group)), str(seeds), reached, *cells, ratio])
+    return table
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(set(values)) == 1 else f"{mean} +- {statistics.stdev(values):.{digits}f}"
 
 
 def plot(content: dict[str, Any], folder: Path, stem: str = "") -> list[Path]:

@@ -340,7 +340,9 @@ def test_no_run_is_begun_that_gets_nowhere(trainer, capsys):
     options = dataclasses.replace(OPTIONS, run_seconds=5.0)
     content = time_to_loss.answer(options, None, None, None)
     assert content["runs"] == [] and set(content["absent"]) == {"gptcore", "nanogpt"}
-    assert "gptcore skipped: 5 s are left; alone: python -m bench" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gptcore skipped: 5 s are left; alone: python -m bench" in out
+    assert "val loss" not in out
 
 
 def test_a_trainer_that_breaks_ends_the_question_with_its_words(tmp_path, monkeypatch):

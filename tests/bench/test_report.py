@@ -1,13 +1,17 @@
 """report: what is in the JSON files, and nothing else, is in RESULTS.md."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+import bench
 from bench import record as recording
 from bench import render
 from bench.__main__ import main
 from bench.harness import OURS
-from bench.time_to_loss import table
+from bench.time_to_loss import rows
 
 CEILINGS = {"copy_gbps": 12.3, "matmul_tflops": 0.456, "dispatch_us": 7.8}
 
@@ -61,7 +65,8 @@ def run(who, seed, seconds):
 def results(tmp_path):
     folder = tmp_path / "results"
     record = recording.new(["attention", "--json", "cpu.json"], torch.device("cpu"))
-    runs = [run(OURS, 1337, 20.0), run(OURS, 1338, 22.0), run("nanogpt", 1337, 84.0)]
+    runs = [run(OURS, 1337, 20.0), run(OURS, 1338, 22.0)]
+    runs += [run("nanogpt", 1337, 84.0) | {"exact_val_loss": 1.9108}] * 2
     record["questions"] = {
         "attention": {
             "cases": [a_case(256, 10.0), a_case(512, 40.0)],
@@ -81,7 +86,12 @@ def results(tmp_path):
             "target": 1.8857,
             "preset": "cpu",
             "runs": runs,
-            "tables": [{"title": "to validation loss 1.8857", "rows": table(runs)}],
+            "ceilings": CEILINGS,
+        },
+        "ablation": {
+            "cases": [],
+            "tables": [{"title": "nothing to tell", "rows": [["", "val loss"]]}],
+            "absent": {OURS: "5 s are left"},
             "ceilings": CEILINGS,
         },
     }
@@ -100,11 +110,13 @@ def test_the_report_holds_every_figure_and_picture(results):
         "T 256 -> 512 (x2): time x4.00, least time x4.00",
         "- flex skipped: not here (2 cases)",
         "- left out for time: core T1024",
-        "| gptcore | 2 | 2/2 | 21.0 +- 1.4 | 450 +- 0 | 1.8800 +- 0.0000 | 1.00 |",
-        "| nanogpt | 1 | 1/1 | 84.0 | 450 | 1.8800 | 4.00 |",
+        "preset cpu; nanogpt fixes its seed, and reaches the loss by its own estimate\n",
+        "| gptcore | 2 | 2 | 2/2 | 21.0 +- 1.4 | 450 | 1.8800 | 1.8800 | 1.00 |",
+        "| nanogpt | 2 | 1 | 2/2 | 84.0 | 450 | 1.8800 | 1.9108 | 4.00 |",
         "[cpu.json](results/cpu.json)",
     ):
         assert words in text, words
+    assert "ablation" not in text and "nothing to tell" not in text and "5 s are left" not in text
     pictures = sorted(path.name for path in results.glob("*.png"))
     assert pictures == [
         "cpu-attention-core-forward-T.png",
@@ -115,6 +127,23 @@ def test_the_report_holds_every_figure_and_picture(results):
     for picture in pictures:
         assert f"](results/{picture})" in text
         assert (results / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_differ_have_a_deviation_and_those_without_a_checkpoint_no_exact_loss():
+    first, second = run("nanogpt", 1337, 80.0), run("nanogpt", 1337, 90.0) | {"val_loss": 1.9}
+    cells = ["80.0", "450", "1.8800", "", ""]
+    assert rows([first | {"exact_val_loss": None}])[1] == ["nanogpt", "1", "1", "1/1", *cells]
+    (found,) = rows([first, second])[1:]
+    assert found[4:7] == ["85.0 +- 7.1", "450", "1.8900 +- 0.0141"]
+
+
+def test_the_report_in_the_repository_is_what_its_records_say(tmp_path):
+    folder = Path(bench.__file__).parent
+    for path in folder.glob("results/*.json"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "results")
+    assert main(["report", "--results", str(tmp_path / "results")]) == 0
+    assert (tmp_path / "RESULTS.md").read_text() == (folder / "RESULTS.md").read_text()
 
 
 def test_the_report_of_an_empty_folder_says_so(tmp_path, capsys):
