@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gptcore.config import ConfigError
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 _NUMBERS = re.compile(r"\[([-+.,\de\s]+)\]")  # a list of numbers, to be written on one line
@@ -100,10 +102,31 @@ def new(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
     }
 
 
+def check_writable(flag: str, path: Path) -> None:
+    """Make the folder of `path` and try a file beside it; what stands there is left alone.
+
+    Raises: ConfigError if `write` would fail there.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{flag} must be a file; got {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} must name a place where files can be written; got {path}: {error.strerror}"
+        ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 def write(record: dict[str, Any], path: Path) -> None:
     """Write `record` as JSON, whole or not at all; numbers keep six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     text = json.dumps(_rounded(record), indent=1)
     text = _NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
     partial.write_text(text + "\n", encoding="utf-8")

@@ -71,6 +71,10 @@ def run(
 ) -> int:
     """Ask `questions` one after the other; exit code 1 if anything of ours failed its check."""
     options = options_of(given, nanogpt)
+    if "json" in given:
+        recording.check_writable("--json", Path(given["json"]))
+    if "plot" in given:
+        recording.check_writable("--plot", Path(given["plot"]) / "plot.png")
     warnings.filterwarnings("ignore", message=SDPA_WARNINGS, category=UserWarning)
     record = recording.new(argv, options.device)
     stopwatch = Stopwatch(options.device)

@@ -1,10 +1,13 @@
 """The command line: bad input is one line with the known words and exit code 2."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from bench import record as recording
+from bench import run
 from bench.__main__ import QUESTIONS, main
 
 BAD = {
@@ -20,6 +23,10 @@ BAD = {
     "results folder": (["report", "--results", __file__], "must be a folder"),
     "plot folder": (["step", "--plot", __file__], "must be a folder"),
     "json folder": (["step", "--json", "/"], "must be a file"),
+    "json under a file": (["step", "--json", f"{__file__}/y.json"], "where files can be written"),
+    "json of a long name": (["step", "--json", f"{'y' * 250}.json"], "File name too long"),
+    "json of a longer name": (["step", "--json", "y" * 300], "File name too long"),
+    "plot under a file": (["step", "--plot", f"{__file__}/y"], "where files can be written"),
     "name of a gpu": (["predict", "--gpu", "h300"], "known: "),
     "model": (["predict", "--model", "gpt5"], "known: "),
     "model that is no GPT": (["predict", "--model", "bigram"], "known: notebook, baby-cpu"),
@@ -32,12 +39,49 @@ BAD = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_measured(monkeypatch):
+    """What is bad is told before."""
+    monkeypatch.setattr(run, "ask", None)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_2(case, capsys):
     argv, words = BAD[case]
     assert main(argv) == 2
     out, err = capsys.readouterr()
-    assert words in err and err.count("\n") == 1
+    assert words in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_path_is_tried_and_what_stands_there_stays(tmp_path, capsys):
+    good, new = tmp_path / "good.json", tmp_path / "new" / "x.json"
+    good.write_text("good")
+    for path in (good, new):
+        recording.check_writable("--json", path)
+    assert sorted(tmp_path.rglob("*")) == [good, new.parent] and good.read_text() == "good"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_no_file_replaces_a_pipe_or_device(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["step", "--json", str(tmp_path / "pipe")]) == 2
+    assert "--json must be a file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("flags", [["--json", "/proc/x/y.json"], ["--plot", "/proc/x"]])
+def test_no_file_can_be_written_there_whoever_asks(flags, capsys):
+    assert main(["step", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert f"{flags[0]} must name a place where files can be written" in err and out == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_without_permission_is_refused_before_measuring(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert main(["step", "--json", str(tmp_path / "x.json")]) == 2
+    out, err = capsys.readouterr()
+    assert "Permission denied" in err and out == ""
 
 
 def test_help_imports_no_torch():
