@@ -1,23 +1,28 @@
 """Measure attention's launch plans on this GPU and print the rows to check in.
 
-    python -m kernels.tune [--dropout 0.2] [--dtype bfloat16]
+    python -m kernels.tune [--dropout 0.2] [--dtype bfloat16] [--head_size 64 128] [--seconds 600]
 
-For D = 64, 128 and 256 and each of the three kernels, every candidate is timed (median of repeated
-launches, L2 flushed in between) at B64 H6 T256 and B4 H12 T4096; the plan with the least summed
-relative time wins. The printed rows go into `_PLANS` of `kernels.attention_kernels`.
+For each head size D and each of the three kernels, candidates are timed (median of repeated
+launches, L2 flushed in between) at B64 H6 T256 and B4 H12 T4096, first the shipped plan, then its
+neighbours, until all are or the time is up; the plan with the least summed relative time wins. The
+printed rows, of other head sizes as they are shipped, go into `_PLANS` of
+`kernels.attention_kernels`.
 """
 
-import argparse
+import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 import torch
 
 from kernels import attention_kernels, backend
 from kernels.attention_kernels import Plan
+from kernels.command_line import Parser
 
 KERNELS = ("forward", "dq", "dkdv")
 HEAD_SIZES = (64, 128, 256)
@@ -31,13 +36,36 @@ def candidates() -> list[Plan]:
     return [Plan(*block) for block in blocks if block[0] * block[1] <= 128 * 128 // 2]
 
 
-def best(plans: Iterable[Plan], times: Callable[[Plan], list[float] | None]) -> Plan:
+def nearest_first(shipped: Plan) -> list[Plan]:
+    """The candidates by how many doublings and halvings they are from the shipped plan."""
+
+    def distance(plan: Plan) -> float:
+        pairs = zip(dataclasses.astuple(plan), dataclasses.astuple(shipped), strict=True)
+        return sum(abs(math.log2(a / b)) for a, b in pairs)
+
+    return sorted(candidates(), key=distance)
+
+
+def best(
+    plans: Iterable[Plan],
+    times: Callable[[Plan], list[float] | None],
+    seconds: float = math.inf,
+) -> tuple[Plan, int]:
     """The plan whose times, each relative to the fastest of its size, add up to the least.
 
-    `times` returns one time a size, or None for a plan that cannot run.
+    Args:
+        times: returns one time a size, or None for a plan that cannot run.
+        seconds: after which no other plan is tried, once one has run.
+    Returns: the plan, and how many were tried.
     Raises: RuntimeError if no plan can run.
     """
-    measured = {plan: result for plan in plans if (result := times(plan)) is not None}
+    measured, tried, end = {}, 0, time.monotonic() + seconds
+    for plan in plans:
+        if measured and time.monotonic() >= end:
+            break
+        tried += 1
+        if (result := times(plan)) is not None:
+            measured[plan] = result
     if not measured:
         raise RuntimeError("tune: at least one plan must run; got none")
     fastest = [min(column) for column in zip(*measured.values(), strict=True)]
@@ -45,7 +73,7 @@ def best(plans: Iterable[Plan], times: Callable[[Plan], list[float] | None]) -> 
     def relative(plan: Plan) -> float:
         return sum(t / f for t, f in zip(measured[plan], fastest, strict=True))
 
-    return min(measured, key=relative)
+    return min(measured, key=relative), tried
 
 
 def rows(architecture: str, winners: dict[tuple[str, int], Plan]) -> str:
@@ -116,23 +144,38 @@ def _measure(kernel: str, D: int, plan: Plan, dtype, dropout_p: float) -> list[f
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the rows for this GPU; 2 without one."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__)
+    parser = Parser(prog="python -m kernels.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--head_size", type=int, nargs="+", choices=HEAD_SIZES, default=HEAD_SIZES)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all; none by default")
     options = parser.parse_args(arguments)
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be above 0; got {options.seconds:g}")
     if not (torch.cuda.is_available() and backend.HAS_TRITON):
         print("tune: needs a CUDA or ROCm GPU and triton; found none", file=sys.stderr)
         return 2
-    dtype = getattr(torch, options.dtype)
-    winners = {}
-    for kernel, D in itertools.product(KERNELS, HEAD_SIZES):
+    dtype, architecture = getattr(torch, options.dtype), backend.architecture(torch.device("cuda"))
+    winners = {
+        (kernel, D): attention_kernels.plan(kernel, architecture, D, dtype, options.dropout > 0)
+        for kernel, D in itertools.product(KERNELS, HEAD_SIZES)
+    }
+    wanted = list(itertools.product(KERNELS, dict.fromkeys(options.head_size)))
+    end = time.monotonic() + options.seconds
+    for number, (kernel, D) in enumerate(wanted):
+        plans = nearest_first(winners[kernel, D])
 
         def times(plan, kernel=kernel, D=D):
-            return _measure(kernel, D, plan, dtype, options.dropout)
+            measured = _measure(kernel, D, plan, dtype, options.dropout)
+            said = " ".join(f"{ms:.3f}" for ms in measured) + " ms" if measured else "cannot run"
+            print(f"  {plan}: {said}", file=sys.stderr, flush=True)
+            return measured
 
-        winners[kernel, D] = best(candidates(), times)
-        print(f"{kernel} D={D}: {winners[kernel, D]}", file=sys.stderr)
-    print(rows(backend.architecture(torch.device("cuda", 0)), winners))
+        share = (end - time.monotonic()) / (len(wanted) - number)
+        winners[kernel, D], tried = best(plans, times, share)
+        said = f"{kernel} D={D}: {winners[kernel, D]}, {tried} of {len(plans)} candidates tried"
+        print(said, file=sys.stderr, flush=True)
+    print(rows(architecture, winners))
     return 0
 
 
