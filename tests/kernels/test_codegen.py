@@ -226,7 +226,7 @@ def test_figures_by_hand(kernel, dtype, floor_us, bound_us, bound_by, loop, per_
 
     1 GB/s, 10 GFLOP/s in bfloat16 and 5 in TF32, 4 warp instructions a nanosecond.
     """
-    gpu = GPU("toy", "sm_90", 1, 1e9, 1e9, 0, {"bfloat16": 10e9, "tf32": 5e9}, 0, 0)
+    gpu = GPU("toy", "sm_90", 1, 1e9, 1e9, {"bfloat16": 10e9, "tf32": 5e9}, 0, 0)
     loops = [(100, False), (10, True), (30, True), (20, True)]
     report = replace(
         REPORT,
