@@ -98,7 +98,7 @@ def cases(options: Options) -> list[Case]:
     found = [case("loss", 16384, 65, phase=phase, quick=True) for phase in PHASES]
     found += [case("head", 16384, 65, quick=True)]
     found += [case("loss", large, 50257, phase=phase, quick=cuda) for phase in PHASES]
-    quick = TRAINING if cuda else None  # on a CPU 23 s, most of it the check
+    quick = TRAINING if cuda else None  # on a CPU its check alone is not
     found += [case("head", large, 50257, 768, phase, quick=phase == quick) for phase in PHASES]
     for V in (65, 256, 1024, 4096, 16384) + ((32768, 131072) if cuda else ()):
         found.append(case("loss", 4096 if cuda else 512, V, sweeps=("V",)))

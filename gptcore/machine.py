@@ -43,8 +43,8 @@ def keep_freed_memory() -> bool:
     """Let malloc keep the memory that tensors up to 1 GB free; True where that is possible.
 
     By default glibc maps each large tensor afresh and unmaps it when it is freed, so that every
-    step pays for the same page faults: ReLU of 100 MB takes 42 ms, into memory already held 7 ms
-    (2 cores). A user who has set one of glibc's MALLOC_ variables is left alone.
+    step pays for the same page faults. A user who has set one of glibc's MALLOC_ variables is left
+    alone.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):

@@ -2,7 +2,7 @@
 
 Such an update issues hundreds of ops, each shorter than what modules, autograd and its engine add
 to it in Python. They are written down once, below autograd, and from then on called in the same
-order on the same weights: the same bits, in half the time where the model is tiny. This is to a
+order on the same weights: the same bits, and much sooner where the model is tiny. This is to a
 CPU what a CUDA graph is to a GPU. What changes from one update to the next are the batch and the
 masks of dropout, which are inputs; masks of a tiny model are drawn for many updates at once.
 """
@@ -212,7 +212,7 @@ _SAME = (_aten.detach.default, _aten.alias.default)  # below autograd they retur
 
 
 def _binding(op) -> Callable:
-    """torch's own function for an op of ATen: called with the same arguments, in half the time."""
+    """torch's own function for an op of ATen: called with the same arguments, and sooner."""
     name = op._schema.name.removeprefix("aten::")
     in_place = name.endswith("_") and not name.startswith("_")
     if hasattr(torch._C._VariableFunctions, name) and name != "_to_copy":

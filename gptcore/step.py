@@ -286,9 +286,7 @@ class Step:
 def largest_micro_batch(config: TrainConfig, model: GPTConfig, device_type: str) -> int:
     """Sequences that forward and backward take at once, at most batch_size.
 
-    On a CPU larger ones only leave the caches: 64 sequences of the notebook's model take as long
-    in fours of 16 (11.9 s a step; at once 12.6 s), in less than half the memory (1.3 of 3.1 GB; two
-    AVX2 cores, float32, torch 2.13).
+    On a CPU larger ones only leave the caches, and hold more memory.
     """
     if device_type != "cpu":
         return config.batch_size

@@ -199,7 +199,7 @@ class _AttentionQKV(torch.autograd.Function):
 
 
 # The same four functions as torch.library ops, for torch.compile, torch.export and torch.func;
-# calling them costs some 50 us more than the Functions above.
+# calling them costs more than calling the Functions above.
 def _op(function):
     name = f"kernels::causal_attention{function.__name__}"
     return torch.library.custom_op(name, function, mutates_args=())

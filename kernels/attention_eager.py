@@ -20,7 +20,7 @@ from kernels.threads import for_each
 
 _BLOCK_QUERIES = 64
 # Probabilities in one block, at most: two threads, whose ops begin and end in Python, hold each
-# other up some 10 us an op, so that ops should be longer than what would best fit the L2.
+# other up at every op, so that ops should be longer than what would best fit the L2.
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -62,7 +62,7 @@ class _Scratch:
         return (out if factor == 1 else out.mul_(factor)).flatten(0, 1)
 
     def numbers(self, keep):
-        """0 and 1 of booleans; read as bytes they convert six times as fast."""
+        """0 and 1 of booleans; read as bytes they convert faster."""
         return self("keep", *keep.shape).copy_(keep.view(torch.uint8))
 
     def probabilities(self, q, k):

@@ -270,8 +270,7 @@ class Shapes:
     quick: always, though interpreted float16 and bfloat16 make do with the first of them;
     full: with --full, and always where nothing is interpreted; blocks: always where nothing is
     interpreted, on the CPU more than one block; large: with --full where nothing is interpreted,
-    in float32 alone on a CPU, which multiplies halves a hundred times slower; draw: one more at
-    random.
+    in float32 alone on a CPU, which multiplies halves far slower; draw: one more at random.
     """
 
     build: Callable[..., Problem]

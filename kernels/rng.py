@@ -43,7 +43,7 @@ _SITES_PER_LAYER = 4
 PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
 
 _LOW32 = 0xFFFFFFFF
-# Philox calls of one window: two threads hold each other up at every op's end, some 10 us.
+# Philox calls of one window: at every op's end two threads hold each other up.
 _CHUNK_GROUPS = 1 << 17
 _AHEAD_GROUPS = 1 << 15  # Philox calls of all the updates whose masks `MasksAhead` draws at once
 
@@ -213,7 +213,7 @@ def _keep_torch(key, site, planes, rows, groups, p):
 
 
 def _keep_numpy(key, site, planes, rows, groups, p):
-    """`_keep_torch` for the CPU: numpy's uint64 loops take half the time of torch's int64."""
+    """`_keep_torch` for the CPU: numpy's uint64 loops are faster than torch's int64."""
     w0, w1 = PHILOX_INCREMENTS
     seed, step = key.tolist()[:2]
     keys = [((seed + i * w0) & _LOW32, (step + i * w1) & _LOW32) for i in range(PHILOX_ROUNDS)]
