@@ -208,7 +208,7 @@ def take_step(model, B, total, sampling, ragged, device, dtype) -> tuple[tuple, 
     capacity = model.config.block_size
     while capacity < total:
         capacity *= 2
-    pointers = tuple(parameter.data_ptr() for parameter in model.parameters())
+    pointers = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
     key = (B, capacity, sampling, ragged, device, dtype, model.config, pointers)
     kept_key, step = _kept.pop(model, (None, None))
     if kept_key != key:

@@ -196,9 +196,9 @@ class _Run:
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**32):
             raise ValueError(f"generate: seed must be in [0, 2**32); got {seed!r}")
         self.model, self.sampling = model, sampling
-        self.stops = _stop_sequences(stop)
         self.is_list = isinstance(idx, (list, tuple))
         device = next(model.parameters()).device
+        self.stops = [tokens.to(device) for tokens in _stop_sequences(stop)]
         prompts = [_prompt(row, device) for row in idx] if self.is_list else _checked(idx, device)
         self.lengths = [len(row) for row in prompts]
         if 0 in self.lengths:
@@ -283,6 +283,8 @@ class _Run:
 
     @torch.inference_mode()
     def _captured_steps(self, columns):
+        if not columns:
+            return
         model, (B, total) = self.model, self.out.shape
         arguments = (self.sampling, self.ragged, self.out.device, _compute_dtype(model))
         key, step = decoding.take_step(model, B, total, *arguments)
@@ -301,7 +303,7 @@ class _Run:
         for stop in self.stops:
             first = t + 1 - len(stop)
             if first >= self.start:
-                ended = (self.out[:, first : t + 1] == stop.to(self.out.device)).all(1)
+                ended = (self.out[:, first : t + 1] == stop).all(1)
                 ended &= self.length[:, 0] <= first
                 self.ends = torch.where(ended, self.ends.clamp(max=t + 1), self.ends)
         return bool((self.ends <= t + 1).all())

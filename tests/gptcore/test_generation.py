@@ -1,12 +1,13 @@
 """Generation: the notebook's loop to the token, and what each option does to the distribution."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gptcore import decoding
+from gptcore import decoding, generation
 from gptcore.__main__ import _until, main
 from gptcore.config import GPTConfig
 from gptcore.decoding import Step, plain_step
@@ -395,6 +396,46 @@ def test_a_kept_step_follows_the_weights():
     with torch.no_grad():
         gpt.lm_head.bias[5] += 1e4
     assert (generate(gpt, idx, max_new_tokens=7, temperature=0.0)[0, 1:] == 5).all()
+
+
+def test_a_kept_step_goes_when_a_buffer_has_moved(monkeypatch):
+    """As rotary angles do, which `.to` computes afresh: a graph would read what is freed."""
+    monkeypatch.setattr(decoding, "CapturedStep", Step)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    gpt = GPT(TINY.replace(position="rotary"))
+    arguments = (gpt, 1, 8, Sampling(), False, torch.device("cpu"), torch.float32)
+    key, first = decoding.take_step(*arguments)
+    decoding.give_back(gpt, key, first)
+    key, again = decoding.take_step(*arguments)
+    assert again is first
+    decoding.give_back(gpt, key, first)
+    pointers = [parameter.data_ptr() for parameter in gpt.parameters()]
+    gpt.to("cpu")
+    assert [parameter.data_ptr() for parameter in gpt.parameters()] == pointers
+    assert decoding.take_step(*arguments)[1] is not first
+
+
+@pytest.mark.parametrize(("texts", "new"), [([[1], [2]], 0), ([], 5)], ids=["tokens", "prompts"])
+def test_nothing_is_captured_for_no(texts, new, monkeypatch):
+    gpt = GPT(TINY.replace(block_size=1))
+    run = generation._Run(gpt, texts, new, Sampling(), None, 0, True, True)
+    run.captured = True
+    monkeypatch.setattr(decoding, "take_step", lambda *args: pytest.fail("captured"))
+    assert list(run) == []
+
+
+def test_stop_sequences_move_to_the_device_once(pair, monkeypatch):
+    """Not with every token, which would wait for the copy."""
+    moves, to = [], torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a, **k: moves.append(self) or to(self, *a, **k)
+    )
+    moved = []
+    for new in (2, 6):
+        moves.clear()
+        generate(pair[1], prompts(1, 2), max_new_tokens=new, seed=1, stop=[[V + 1], [V + 2]])
+        moved.append(len(moves))
+    assert moved[0] == moved[1] >= 2
 
 
 def test_softmax_of_bfloat16_logits_is_taken_in_float32():
