@@ -32,6 +32,7 @@ _FAST = {
     "schedule": "wsd",
     "decay_fraction": 1.0,
     "min_lr": 0.0,
+    "eval_iters": 20,
 }
 _FAST_CPU = {
     **_FAST,
@@ -44,7 +45,6 @@ _FAST_CPU = {
     "init_std": 0.12,
     "learning_rate": 6e-3,
     "warmup_iters": 80,
-    "eval_iters": 20,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "notebook": _NOTEBOOK,

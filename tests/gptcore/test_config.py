@@ -49,6 +49,13 @@ def test_notebook_preset_is_the_notebook():
     assert (train.decay_params, train.grad_clip, train.schedule) == ("all", 0.0, "constant")
 
 
+@pytest.mark.parametrize("preset", ["speedrun", "speedrun-cpu", "best", "cpu"])
+def test_tuned_presets_evaluate_on_a_part_of_the_training_split(preset):
+    """Of Tiny Shakespeare's million tokens at most a third, or evaluation costs more than steps."""
+    train, model = settings(f"--preset={preset}")
+    assert train.eval_iters * train.batch_size * model.block_size < 1e6 / 3
+
+
 def test_gpt2_preset_pads_the_vocabulary_to_50304():
     train, model = settings("--preset=gpt2-124m")
     assert math.ceil(50257 / train.vocab_multiple) * train.vocab_multiple == 50304
