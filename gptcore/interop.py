@@ -297,6 +297,12 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
     source = {"imported": {"format": format, "path": str(path)}}
     config_json = to_json(train, gpt.config, **source)
     weights = {name: weight.detach() for name, weight in named_weights(gpt).items()}
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the run folder {run_folder}: {error.strerror}; give another"
+        ) from error
     content = Content(weights, {}, Progress(), tokenizer, config_json)
     write_checkpoint(run_folder / "best", content)
     return gpt

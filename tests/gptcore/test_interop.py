@@ -508,6 +508,7 @@ def test_command_lines(notebook, tmp_path, capsys):
     for argv, message in (
         ([str(path), run + "3", "--format=notebok", data], "cannot import 'notebok'; formats: no"),
         ([str(path), run, "--format=notebook", data], "already there"),
+        ([str(path), out + "/run", "--format=notebook", data], "Not a directory; give another"),
         ([str(path), run + "3", "--format=notebook", "--tokenizer=char"], "needs --data"),
         ([str(path), run + "3", "--format=notebook", "--tokenizer=bytes"], "the tokenizer 256"),
         ([str(tmp_path / "x"), run + "3", "--format=nanogpt", data], "cannot read"),
