@@ -31,6 +31,11 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder, or a checkpoint in one")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default best, else last")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "triton", "eager"),
+        help="of the fused ops; default: the run's",
+    )
 
 
 def _add_sample(parser: Parser) -> None:
@@ -205,7 +210,11 @@ def _load(arguments):
 
     device = machine.pick_device(arguments.device)
     checkpoint = open_checkpoint(arguments.run, arguments.checkpoint)
-    model = build_model(checkpoint.train.model, checkpoint.model)
+    config = checkpoint.model
+    if arguments.backend is not None:
+        config = config.replace(backend=arguments.backend)
+    machine.check_backend(config.backend, device)
+    model = build_model(checkpoint.train.model, config)
     checkpoint.load_weights(model)
     return checkpoint, model.to(device).eval()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gptcore.config import ConfigError
+from kernels.backend import resolve
 
 
 def pick_device(name: str) -> torch.device:
@@ -37,6 +38,14 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises: ConfigError if `backend` of the fused ops cannot run on `device`."""
+    try:
+        resolve(f"device {device}", backend, torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise ConfigError(f"{error}; give --backend auto") from error
 
 
 def keep_freed_memory() -> bool:

@@ -131,6 +131,7 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         origin = open_checkpoint(config.init_from)
         config, model_fields = finetune.adopt(origin, config, settings.given)
     world.check(config)
+    machine.check_backend(model_fields.get("backend", "auto"), device)
     check_tracker(config.log)
     task = task_of(config, device)
     text = task.text if task else load_data(config.data)

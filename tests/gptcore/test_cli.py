@@ -1,12 +1,15 @@
 """The command lines as a user types them; bad input is one line, the fix, exit 2."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gptcore import trainer
 from gptcore.__main__ import main
+from kernels import backend
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +83,30 @@ def test_bad_training_input_leaves_nothing_behind(
     monkeypatch.chdir(tmp_path)
     fails(capsys, train_main, [*tiny_flags, *flags], message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_cannot_run_here(
+    train_main, tiny_flags, prepared, tmp_path, monkeypatch, capsys
+):
+    """Trained on a GPU, used without one: one line with the fix, and the fix works."""
+    monkeypatch.setattr(backend, "_INTERPRETING", True)
+    run = prepared("--backend=triton", "--dtype=float32", "--max_iters=0")
+    trainer.save(run, "best", "last")
+    run.writer.wait()
+    monkeypatch.setattr(backend, "_INTERPRETING", False)
+    other, folder = tmp_path / "other", str(run.folder)
+    for command, argv in (
+        (train_main, [*tiny_flags, f"--out_dir={other}", "--max_iters=0", "--backend=triton"]),
+        (train_main, [*tiny_flags, f"--out_dir={other}", "--max_iters=0", f"--init_from={folder}"]),
+        (main, ["sample", folder, "--device=cpu", "--max_new_tokens=1"]),
+        (main, ["eval", folder, "--device=cpu"]),
+        (train_main, [f"--out_dir={folder}", "--resume"]),
+    ):
+        message = "device cpu: backend 'triton' needs CUDA or ROCm tensors"
+        fails(capsys, command, argv, message)
+        assert not other.exists()
+        assert command([*argv, "--backend=auto"]) == 0
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def test_an_existing_run_folder_is_kept(train_main, tiny_flags, trained_run, tmp_path, capsys):
