@@ -120,11 +120,12 @@ def _add_eval(parser: Parser) -> None:
 
 
 def evaluate(arguments) -> int:
-    """exact loss and accuracy on the validation split"""
+    """loss and accuracy on the validation split"""
     import math
 
     from gptcore import trainer
     from gptcore.data import Corpus, load_data
+    from gptcore.log import extent_of
     from gptcore.tasks import task_of
 
     checkpoint, model = _load(arguments)
@@ -144,14 +145,14 @@ def evaluate(arguments) -> int:
     )
     corpus.check_block(block_size)
     size = max(1, trainer.EVALUATION_TOKENS // block_size)
-    result = trainer.evaluate(model, corpus.validation(size, block_size))
+    batches = trainer.in_pieces(checkpoint.model, corpus.validation(size, block_size))
+    result = trainer.evaluate(model, batches)
     bits = result.loss / math.log(2) * corpus.tokens_per_character
-    _, (what, count) = corpus.sizes.items()
     print(
         f"{checkpoint.folder} on {corpus.text.source}: loss {result.loss:.4f}, "
         f"{bits:.3f} bits per character, accuracy {result.accuracy:.1%}, "
-        + (f"{result.exact_match:.2%} solved, " if what == "val_problems" else "")
-        + f"{count:,} {what.removeprefix('val_')}"
+        + (f"{result.exact_match:.2%} solved, " if task else "")
+        + extent_of(result, corpus)[1]
     )
     return 0
 

@@ -185,8 +185,9 @@ class Log:
         if run.corpus.text.note:
             print(f"WARNING: {run.corpus.text.note}")
         start = run.corpus.example()
+        whole, extent = extent_of(validation, run.corpus)
         print(
-            f"exact validation loss {validation.loss:.4f} "
+            f"{'exact ' if whole else ''}validation loss {validation.loss:.4f} over {extent} "
             f"({self.bits_per_character(validation):.3f} bits per character, "
             f"accuracy {validation.accuracy:.1%}{self.exact_match_words(validation)}) "
             f"after {run.step} steps in {run.elapsed_s:.1f} s"
@@ -259,6 +260,16 @@ def plot_losses(metrics: Path, image: Path) -> None:
     figure.savefig(image, dpi=120)
     del figure, axes
     gc.collect()  # what a figure leaves is a megabyte in cycles
+
+
+def extent_of(validation: Evaluation, corpus: Corpus | Arithmetic) -> tuple[bool, str]:
+    """Whether all there is to validate on was evaluated, and how much that is, in words."""
+    if isinstance(corpus, Arithmetic):
+        count, whole, unit = validation.rows, corpus.held_out, "problems"
+    else:
+        count, whole, unit = validation.targets, len(corpus.val) - 1, "targets"
+    of = "" if count == whole else f"of {whole:,} "
+    return count == whole, f"{count:,} {of}{unit}"
 
 
 def _where_tokens_are(corpus: Corpus | Arithmetic) -> str:

@@ -55,6 +55,7 @@ FIXED_ON_RESUME = (
 )
 FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
 EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
+EVALUATION_LOGITS = 1 << 28  # per forward at most, but for one sequence: 1 GB in float32
 
 
 @dataclass
@@ -94,11 +95,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats, fraction of tokens guessed right, fraction of rows without a mistake."""
+    """What `evaluate` finds.
+
+    Attributes:
+        loss: mean, in nats.
+        accuracy: fraction of the targets guessed right.
+        exact_match: fraction of the rows without a mistake.
+        targets, rows: how many counted.
+    """
 
     loss: float
     accuracy: float
     exact_match: float
+    targets: int
+    rows: int
 
 
 class Stopped(Exception):
@@ -338,12 +348,23 @@ def evaluate(
     finally:
         model.train(training)
     loss_sum, tokens, tokens_right, rows_right, rows = world.sum(sums).tolist()
-    return Evaluation(loss_sum / tokens, tokens_right / tokens, rows_right / rows)
+    means = loss_sum / tokens, tokens_right / tokens, rows_right / rows
+    return Evaluation(*means, int(tokens), int(rows))
+
+
+def in_pieces(
+    model: GPTConfig, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches, cut between rows into such as EVALUATION_LOGITS allows."""
+    rows = max(1, EVALUATION_LOGITS // (model.block_size * model.vocab_size))
+    for idx, targets in batches:
+        yield from zip(idx.split(rows), targets.split(rows), strict=True)
 
 
 def evaluate_exactly(run: Run) -> Evaluation:
-    """The whole validation split, each token once."""
-    return evaluate(run.update.compute, _validation(run), run.world)
+    """The validation split, each token once; of a longer one than --eval_tokens a part."""
+    batches = in_pieces(run.model.config, _validation(run))
+    return evaluate(run.update.compute, batches, run.world)
 
 
 def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
@@ -358,7 +379,12 @@ def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
     else:
         splits = _sampled(run, "train", 0), _sampled(run, "val", 1)
     training, validation = (
-        evaluate(run.update.compute, _until_stopped(run, batches), run.world) for batches in splits
+        evaluate(
+            run.update.compute,
+            _until_stopped(run, in_pieces(run.model.config, batches)),
+            run.world,
+        )
+        for batches in splits
     )
     return training, validation
 

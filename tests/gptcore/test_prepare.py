@@ -307,9 +307,18 @@ def test_evaluation_of_a_long_split_is_bounded(limit, windows):
 
 
 def test_the_run_says_how_much_is_evaluated(train_main, tiny_flags, tmp_path, capsys):
-    flags = [*tiny_flags, "--eval_tokens=100", "--max_iters=1", f"--out_dir={tmp_path / 'run'}"]
-    assert train_main(flags) == 0
-    assert "100 of them, spread evenly, are evaluated" in capsys.readouterr().out
+    """And says exact only of all of it; `eval` says the same."""
+    flags, folder = [*tiny_flags, "--max_iters=1"], str(tmp_path / "run")
+    assert train_main([*flags, "--eval_tokens=100", f"--out_dir={folder}"]) == 0
+    out = capsys.readouterr().out
+    assert "100 of them, spread evenly, are evaluated" in out and "exact" not in out
+    assert re.search(r"\nvalidation loss [\d.]+ over 96 of 599 targets \(", out)
+    assert main(["eval", folder]) == 0
+    assert capsys.readouterr().out.endswith(", 96 of 599 targets\n")
+    assert train_main([*flags, f"--out_dir={folder}2"]) == 0
+    assert re.search(r"\nexact validation loss [\d.]+ over 599 targets \(", capsys.readouterr().out)
+    assert main(["eval", folder + "2"]) == 0
+    assert capsys.readouterr().out.endswith(", 599 targets\n")
 
 
 # ---- bad input -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gptcore import tasks
 from gptcore.__main__ import main
 from gptcore.config import ConfigError, TrainConfig
 from gptcore.flags import parse_settings
@@ -178,7 +179,7 @@ def adder(tmp_path_factory):
     return folder
 
 
-def test_a_task_is_learned(adder, capsys):
+def test_a_task_is_learned(adder, capsys, monkeypatch):
     records = [r for r in read_metrics(adder / "metrics.jsonl") if r["kind"] != "train"]
     assert records[-1]["kind"] == "end"
     assert 0 <= records[-1]["val_exact_match"] <= 1
@@ -186,6 +187,9 @@ def test_a_task_is_learned(adder, capsys):
     assert losses[-1] < 0.7 * losses[0]
     assert main(["eval", str(adder)]) == 0
     assert "% solved, 10 problems" in capsys.readouterr().out
+    monkeypatch.setattr(tasks, "VALIDATION_PROBLEMS", 7)
+    assert main(["eval", str(adder)]) == 0
+    assert "% solved, 7 of 10 problems" in capsys.readouterr().out
 
 
 def test_sample_answers_a_question(adder, capsys):

@@ -1,5 +1,6 @@
 """Training: what is learned, what is written, and that resuming changes nothing."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from gptcore import checkpoint, machine, trainer
 from gptcore import log as logs
 from gptcore.checkpoint import open_checkpoint
-from gptcore.config import ConfigError, RunError, TrainConfig
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.data import BatchStream
 from gptcore.flags import parse_settings
 from gptcore.guard import Guard
@@ -169,6 +170,30 @@ def test_sampled_evaluation_is_repeatable_and_near(prepared):
     assert first[1].loss == pytest.approx(evaluate_exactly(run).loss, rel=0.05)
     run.update.step = 1
     assert trainer.evaluate_splits(run) != first
+
+
+@pytest.mark.parametrize("mode", ["exact", "sampled"])
+def test_logits_of_an_evaluation_are_bounded(prepared, monkeypatch, mode):
+    """Three sequences at a time give what sixteen and more do."""
+    run = prepared(f"--eval_mode={mode}")
+    expected = *trainer.evaluate_splits(run), evaluate_exactly(run)
+    elements = []
+    run.model.register_forward_hook(lambda *args: elements.append(args[-1][0].numel()))
+    sequence = run.model.config.block_size * run.model.config.vocab_size
+    monkeypatch.setattr(trainer, "EVALUATION_LOGITS", 3 * sequence + 1)
+    found = *trainer.evaluate_splits(run), evaluate_exactly(run)
+    assert max(elements) == 3 * sequence
+    for a, b in zip(found, expected, strict=True):
+        assert dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), rel=1e-6)
+
+
+def test_what_is_evaluated_at_once():
+    """Of a small model all; of GPT-2, with its 50,304 tokens, five sequences; at least one."""
+    batch = torch.zeros(2, 12, 1024, dtype=torch.int64).unbind()
+    for vocab_size, rows in ((65, [12]), (50_304, [5, 5, 2]), (2**20, [1] * 12)):
+        config = GPTConfig(vocab_size=vocab_size, block_size=1024)
+        pieces = list(trainer.in_pieces(config, [batch]))
+        assert [len(idx) for idx, _ in pieces] == [len(targets) for _, targets in pieces] == rows
 
 
 # ---- a whole run -----------------------------------------------------------------------------
@@ -386,7 +411,6 @@ def test_a_padded_vocabulary_is_never_sampled(prepared):
 
 def test_flops_at_the_notebooks_size():
     """ANCHORS of the design: 1.046 TFLOP dense and 0.058 in attention for 64 x 256 tokens."""
-    from gptcore.config import GPTConfig
     from gptcore.model import GPT
 
     with torch.device("meta"):
