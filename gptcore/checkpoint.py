@@ -9,6 +9,7 @@
 
 A new checkpoint is written beside the old one, synced, and renamed into place; the old one goes
 only when the new one is there. What a crash may leave is `NAME.new` (ignored) or `NAME.old` (used).
+A damaged one that resuming passes by becomes `NAME.damaged`.
 `CheckpointWriter` does this in a thread, from a copy, so that training goes on.
 
 Nothing in a checkpoint is believed: hashes, types, names and shapes are checked when it is opened,
@@ -17,6 +18,7 @@ before a model is built; nothing in it can run code.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -229,28 +231,66 @@ def checkpoint_folders(run: Path, name: str) -> list[Path]:
     return [folder for folder in (run / name, run / f"{name}.old") if folder.is_dir()]
 
 
-def _open(folder: Path) -> Checkpoint:
-    """Verify the manifest, read the small files, hold the large ones against them."""
-    try:
-        _verify(folder)
-        config, state, progress = (
-            read_json(folder / name) for name in ("config.json", "tokenizer.json", "state.json")
-        )
-        if not isinstance(progress, dict):
-            raise ConfigError(f"{folder}: state.json must be an object")
+def newest_whole(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest whole checkpoint of a run folder, and what is wrong with the damaged ones.
+
+    Behind a whole `last` nothing is looked at; without any checkpoint there is none.
+    Raises: ConfigError if all are damaged.
+    """
+    newest, damaged = None, {}
+    for folder in (*checkpoint_folders(run, "last"), *checkpoint_folders(run, "best")):
         try:
-            tokenizer, progress = from_state(state), Progress(**progress)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{folder}: {error}") from error
-        train, model = read_saved(config, str(folder))
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ConfigError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-                f"{model.vocab_size}"
-            )
-        _check_shapes(folder, train.model, model)
+            found = _read(folder)
+        except ConfigError as error:
+            damaged[folder] = str(error)
+            continue
+        if newest is None or found.progress.step > newest.progress.step:
+            newest = found
+        if folder.name == "last":
+            break
+    if damaged and newest is None:
+        raise ConfigError(f"{'; '.join(damaged.values())}; {_way_on(next(iter(damaged)))}")
+    return newest, damaged
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that none is written over it; returns its new name.
+
+    Raises: OSError.
+    """
+    for number in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.damaged{number if number > 1 else ''}")
+        if not aside.exists():
+            return folder.rename(aside)
+
+
+def _open(folder: Path) -> Checkpoint:
+    """`_read`, and what to do where that fails."""
+    try:
+        return _read(folder)
     except ConfigError as error:
         raise ConfigError(f"{error}; {_way_on(folder)}") from error
+
+
+def _read(folder: Path) -> Checkpoint:
+    """Verify the manifest, read the small files, hold the large ones against them."""
+    _verify(folder)
+    config, state, progress = (
+        read_json(folder / name) for name in ("config.json", "tokenizer.json", "state.json")
+    )
+    if not isinstance(progress, dict):
+        raise ConfigError(f"{folder}: state.json must be an object")
+    try:
+        tokenizer, progress = from_state(state), Progress(**progress)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    train, model = read_saved(config, str(folder))
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{model.vocab_size}"
+        )
+    _check_shapes(folder, train.model, model)
     return Checkpoint(folder, train, model, config, tokenizer, progress)
 
 

@@ -98,12 +98,22 @@ class World:
         return tensor
 
     def from_rank_0(self, make) -> Any:
-        """What make() returns on rank 0, which calls it when all ranks have come here."""
+        """What make() returns on rank 0, which calls it when all ranks have come here.
+
+        Raises: ConfigError or RunError if make() does, on every rank.
+        """
         if self.size == 1:
             return make()
         dist.all_reduce(torch.zeros(1))  # on the CPU; a barrier would need a device
-        box = [make() if self.rank == 0 else None]
+        box = [None]
+        if self.rank == 0:
+            try:
+                box = [make()]
+            except (ConfigError, RunError) as error:
+                box = [error]
         dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], (ConfigError, RunError)):
+            raise box[0]
         return box[0]
 
     def shard(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:

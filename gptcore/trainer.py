@@ -26,10 +26,11 @@ from gptcore.checkpoint import (
     CheckpointWriter,
     Content,
     Progress,
-    checkpoint_folders,
     named_weights,
+    newest_whole,
     open_checkpoint,
     optimizer_tensors,
+    set_aside,
 )
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
@@ -76,6 +77,7 @@ class Run:
     best_val_loss: float = math.inf
     best_step: int = 0
     evaluated_step: int = -1
+    saved: tuple[int, int] | None = None  # step and evaluated_step in `last`
     rolled_back: list[int] = field(default_factory=list)  # the steps it went back to
     stop: threading.Event = field(default_factory=threading.Event)  # save and leave, said a signal
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
@@ -128,7 +130,7 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     device = world.device or machine.pick_device(settings.given.get("device", "auto"))
     config, model_fields = settings.merged(device.type)
     preset = settings.resolved_preset(device.type)
-    checkpoint = _checkpoint_to_resume(config, world)
+    checkpoint, damaged = _checkpoint_to_resume(config, world)
     if checkpoint is not None:
         config, model_fields = _resumed_settings(checkpoint, settings)
         preset = checkpoint.config.get("preset", preset)
@@ -235,21 +237,29 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         best_step=progress.best_step,
         evaluated_step=progress.evaluated_step,
     )
+    if checkpoint is None or checkpoint.folder.name == "last":
+        run.saved = run.step, run.evaluated_step
     if world.rank:
         return run
     with _disk_errors(run):
+        if damaged:
+            told = [f"{why}, set aside as {set_aside(path)}" for path, why in damaged.items()]
+            where = f"going on from {checkpoint.folder}, step {run.step}"
+            print(f"WARNING: {'; '.join(told)}; {where}")
         replace_text(run.folder / "config.json", run.config_json)
         step = -1 if checkpoint is None else run.step
         trim_metrics(run.folder / "metrics.jsonl", step, run.evaluated_step)
     return run
 
 
-def _checkpoint_to_resume(config: TrainConfig, world: World) -> Checkpoint | None:
-    """The last checkpoint of --out_dir with --resume, None where the run is to start."""
+def _checkpoint_to_resume(
+    config: TrainConfig, world: World
+) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """`newest_whole` of --out_dir with --resume; None where the run is to start."""
     folder = Path(config.out_dir) if config.out_dir else None
     if not config.resume:
         if world.rank:  # rank 0 may have made it by now
-            return None
+            return None, {}
         if folder is not None and folder.is_file():
             raise ConfigError(f"--out_dir {folder}: a file, not a folder; give another")
         if folder is not None and folder.is_dir() and any(folder.iterdir()):
@@ -257,15 +267,14 @@ def _checkpoint_to_resume(config: TrainConfig, world: World) -> Checkpoint | Non
                 f"run folder {folder} exists; add --resume to go on with it, or give another "
                 "--out_dir"
             )
-        return None
+        return None, {}
     if folder is None:
         raise ConfigError("--resume needs the run folder; add --out_dir")
-    for name in ("last", "best"):  # best alone: the user has set a damaged last aside
-        if checkpoint_folders(folder, name):
-            return open_checkpoint(folder, name)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise ConfigError(f"--resume: {folder} is not a run folder; give another --out_dir")
-    return None
+    checkpoint, damaged = world.from_rank_0(lambda: newest_whole(folder))
+    if checkpoint is None and folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--resume: {folder} is not a run folder; give another --out_dir")
+    return checkpoint, damaged
 
 
 def _resumed_settings(
@@ -434,7 +443,7 @@ def _train(run: Run) -> Path:
     log = Log(run, flops_per_step(run.model, config.sequences) / (rate * run.world.size))
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
     look_interval = min(config.log_interval, LOOK_EVERY)
-    saved, evaluation = (run.step, run.evaluated_step), None
+    evaluation = None
     advised = memory.advised(
         config, run.model.config, run.device, run.update.dtype, resume_command(run)
     )
@@ -468,9 +477,9 @@ def _train(run: Run) -> Path:
                     show_sample(run)
                     log.restart_clock()
             stopping = run.asked_to_stop() or run.step >= config.max_iters
-            if (keep or stopping) and saved != (run.step, run.evaluated_step):
+            if (keep or stopping) and run.saved != (run.step, run.evaluated_step):
                 save(run, *names)
-                saved = run.step, run.evaluated_step
+                run.saved = run.step, run.evaluated_step
             if stopping:
                 break
             loss = training_step(run)

@@ -29,7 +29,8 @@ import torch.distributed.fsdp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from gptcore import distributed, log, machine, model, step, trainer
+from gptcore import checkpoint, distributed, log, machine, model, step, trainer
+from gptcore.config import ConfigError
 from kernels import attention_eager, layer_norm, rng
 
 DEADLINE_S = 300  # generous: the machine may be shared
@@ -279,6 +280,22 @@ def evaluation_not_summed():
     )
 
 
+def refused_by_rank_0(*names: str):
+    """Rank 0 finds these checkpoints damaged; no other rank may look at them."""
+
+    def damage(rank):
+        real = checkpoint._verify
+
+        def verify(folder):
+            if folder.name in names:
+                raise ConfigError(f"{folder.name}: damaged") if rank == 0 else AssertionError
+            real(folder)
+
+        checkpoint._verify = verify
+
+    return damage
+
+
 def infinite_once(number: int) -> None:
     """On the last rank, one row of both embeddings gets an infinite gradient in update `number`.
 
@@ -341,6 +358,8 @@ DAMAGES = {
     "infinite gradient at first": lambda rank: infinite_once(0),
     "shard dropped": shard_dropped,
     "evaluation not summed": evaluation_not_summed,
+    "last refused by rank 0": refused_by_rank_0("last"),
+    "all refused by rank 0": refused_by_rank_0("last", "best"),
     "SIGTERM to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGTERM), 1),
     "SIGKILL to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGKILL), 1),
     "exception on rank 1": at_step(2, fail, 1),

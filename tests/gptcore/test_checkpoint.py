@@ -20,8 +20,10 @@ from gptcore.checkpoint import (
     Content,
     Progress,
     named_weights,
+    newest_whole,
     open_checkpoint,
     optimizer_tensors,
+    set_aside,
     write_checkpoint,
 )
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
@@ -341,6 +343,21 @@ def test_no_other_damaged_one_is_offered(folder):
         (folder.with_name(name) / "state.json").write_text("{}")
         with pytest.raises(ConfigError, match=f"last: state.json is damaged .*; {way_on}"):
             open_checkpoint(folder)
+
+
+def test_a_whole_last_is_the_newest_whatever_else_there_is(folder):
+    for name, step in (("best", 9), ("last.old", 3)):
+        save(folder.with_name(name), build_model("gpt", SHAPE), step=step)
+    (folder.with_name("last.old") / "state.json").unlink()
+    found, damaged = newest_whole(folder.parent)
+    assert (found.folder, damaged) == (folder, {})
+
+
+def test_what_is_set_aside_replaces_nothing(folder):
+    for name in ("last.damaged", "last.damaged2", "last.damaged3"):
+        save(folder, build_model("gpt", SHAPE))
+        assert set_aside(folder) == folder.with_name(name)
+        assert open_checkpoint(folder.with_name(name)) and not folder.exists()
 
 
 def test_foreign_folders(tmp_path):

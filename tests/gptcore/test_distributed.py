@@ -83,6 +83,7 @@ POLICIES = {
     "stop": ("infinite gradient", ["--on_nonfinite=stop"]),
 }
 WORLDS = {"alone": (0, "auto"), "ddp of 2": (2, "ddp"), "fsdp of 2": (2, "fsdp")}
+REFUSED = ("last refused by rank 0", "all refused by rank 0")
 RESUMED = [("alone", "fsdp of 2"), ("fsdp of 2", "sums, ddp of 3"), ("ddp of 2", "alone")]
 
 
@@ -123,6 +124,9 @@ def folders(request, tmp_path_factory, text_file) -> dict[str, Path]:
         name = f"{first}, {then}"
         half = scenarios[first]["folder"] + "/half"
         add(name, *RUNS[then][:2], ["--resume"], goes_on_from=half)
+    half = scenarios["ddp of 2"]["folder"] + "/half"
+    for damage in REFUSED:
+        add(damage, 2, "ddp", ["--resume"], goes_on_from=half, damage=damage)
     (base / "scenarios.json").write_text(json.dumps(list(scenarios.values())))
     command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
     subprocess.run(
@@ -324,6 +328,17 @@ def test_all_ranks_stop_with_one_line(folders, world):
     assert {seen(folder, rank)["step"] for rank in range(len(codes(folder)))} == {4}
     assert re.fullmatch(r"error: .* not finite in step 4, .* --resume\n", said(folder))
     assert open_checkpoint(folder / "run", "last").progress.step == 2
+
+
+def test_rank_0_says_which_checkpoint_is_whole(folders):
+    """What it cannot read, the others do not open."""
+    folder = folders["last refused by rank 0"]
+    assert_same_run(folder, folders["alone"])
+    assert said(folder, stream="out").count("going on from") == 1
+    assert open_checkpoint(folder / "run" / "last.damaged").progress.step == 2
+    folder = folders["all refused by rank 0"]
+    assert codes(folder) == [2, 2]
+    assert said(folder) == "error: last: damaged; best: damaged; copy it again from where it came\n"
 
 
 # ---- the end ---------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 import signal
 import types
 
@@ -338,6 +340,88 @@ def test_resume_starts_where_there_is_nothing(train_main, tiny_flags, trained_ru
     assert_same_weights(weights_of(trained_run), weights_of(tmp_path / "new"))
     assert train_main(flags) == 0  # already done: says so again, changes nothing
     assert comparable(tmp_path / "new") == comparable(trained_run)
+
+
+@pytest.fixture
+def saved_at(train_main, tiny_flags, tmp_path):
+    """saved_at(last=8, best=4, ...) -> a run folder with these checkpoints of one run."""
+    folder, shelf = tmp_path / "run", tmp_path / "shelf"
+    for step in (4, 8, 12):
+        assert (
+            train_main([*tiny_flags, f"--out_dir={folder}", f"--max_iters={step}", "--resume"]) == 0
+        )
+        shutil.copytree(folder / "last", shelf / str(step))
+
+    def make(**steps):
+        for name in ("last", "best"):
+            shutil.rmtree(folder / name)
+        for name, step in steps.items():
+            shutil.copytree(shelf / str(step), folder / name.replace("_", "."))
+        return folder
+
+    return make
+
+
+def damage(checkpoint, how):
+    """Truncate a file of a checkpoint, or remove it."""
+    name, what = how.split()
+    if what == "missing":
+        (checkpoint / name).unlink()
+    else:
+        os.truncate(checkpoint / name, (checkpoint / name).stat().st_size - 1)
+
+
+@pytest.mark.parametrize("how", ["model.safetensors truncated", "manifest.json missing"])
+@pytest.mark.parametrize(
+    ("steps", "damaged", "found"),
+    [
+        ({"last": 8, "best": 4}, ["last"], "best, step 4"),
+        ({"last": 8, "last_old": 4, "best": 8}, ["last"], "best, step 8"),
+        ({"last": 8, "last_old": 8, "best": 4}, ["last"], "last.old, step 8"),
+        ({"last": 8, "best": 8, "best_old": 4}, ["last", "best"], "best.old, step 4"),
+        ({"last": 12, "best": 12}, ["last"], "best, step 12"),
+    ],
+    ids=lambda value: str(value).replace("'", ""),
+)
+def test_resuming_passes_damaged_checkpoints_by(
+    saved_at, train_main, trained_run, capsys, steps, damaged, found, how
+):
+    """From the newest whole one, as one line says; the run is the same, and nothing is lost."""
+    folder = saved_at(**steps)
+    for name in damaged:
+        damage(folder / name, how)
+    files = {p.name: p.read_bytes() for p in (folder / "last").iterdir()}
+    capsys.readouterr()
+    assert train_main([f"--out_dir={folder}", "--resume", "--max_iters=12"]) == 0
+    out, error = capsys.readouterr()
+    (line,) = [line for line in out.splitlines() if "WARNING" in line]
+    assert line.startswith(f"WARNING: {folder}/last: ") and how.split()[0] in line
+    for name in damaged:
+        assert f"set aside as {folder}/{name}.damaged;" in line
+    assert line.endswith(f"; going on from {folder}/{found}") and not error
+    assert {p.name: p.read_bytes() for p in (folder / "last.damaged").iterdir()} == files
+    assert_same_weights(weights_of(trained_run), weights_of(folder))
+    assert comparable(folder) == comparable(trained_run)
+
+
+def test_a_missing_last_is_no_damage(saved_at, train_main, trained_run, capsys):
+    folder = saved_at(best=4)
+    assert train_main([f"--out_dir={folder}", "--resume", "--max_iters=12"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    assert comparable(folder) == comparable(trained_run)
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(saved_at, train_main, capsys):
+    folder = saved_at(last=8, best=4)
+    for name in ("last", "best"):
+        damage(folder / name, "state.json truncated")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train_main([f"--out_dir={folder}", "--resume", "--max_iters=12"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.count("state.json is damaged") == 2
+    assert error.endswith("; copy it again from where it came\n")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_a_resumed_run_stays_on_its_device(train_main, tiny_flags, tmp_path, monkeypatch):
