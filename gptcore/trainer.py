@@ -145,93 +145,26 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     world.check(config)
     machine.check_backend(model_fields.get("backend", "auto"), device)
     check_tracker(config.log)
-    task = task_of(config, device)
-    text = task.text if task else load_data(config.data)
-    if isinstance(text, Prepared) and "tokenizer" not in settings.given:
-        config = config.replace(tokenizer=text.vocabulary.kind)
-    if not task and config.data not in NAMES:
-        config = config.replace(data=str(Path(config.data).resolve()))
-    if checkpoint is None:
-        tokenizer = task.tokenizer if task else text.tokenizer(config.tokenizer)
-        vocab_size = -(-tokenizer.vocab_size // config.vocab_multiple) * config.vocab_multiple
-        model_fields = {**model_fields, "vocab_size": vocab_size}
-        if task and "block_size" not in settings.given:
-            model_fields["block_size"] = task.width - 1
-    else:
-        tokenizer = checkpoint.tokenizer
-        if text.sha256 != checkpoint.config.get("data", {}).get("sha256"):
-            raise ConfigError(
-                f"--resume: {text.source} is not the text this run was trained on; "
-                "give the same --data, or start a new run"
-            )
-    model_config = GPTConfig(**model_fields)
-    if world.parallel != "fsdp":  # whose processes share the weights
-        memory.check(config, model_config, device)
-    corpus = task or Corpus.build(
-        text,
-        tokenizer,
-        val_fraction=config.val_fraction,
-        device=device,
-        eval_tokens=config.eval_tokens,
+    config, model_config, corpus = _load(settings, config, model_fields, checkpoint, device, world)
+    update, dtype_reason = _build(
+        settings, config, model_config, corpus, checkpoint, origin, device, world
     )
-    corpus.check_block(model_config.block_size)
-
-    progress = Progress() if checkpoint is None else checkpoint.progress
-    torch.manual_seed(config.seed)
-    with memory.advised(config, model_config, device, torch.float32, "the same command"):
-        model = build_model(config.model, model_config)
-        if world.parallel != "fsdp":
-            model.to(device)
-        if origin is not None:
-            print(f"from    {origin.folder}: {finetune.initialise(model, tokenizer, origin)}")
-            if "learning_rate" not in settings.given:
-                print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
-        finetune.freeze(model, config.freeze)
-        if checkpoint is not None:
-            checkpoint.load_weights(model)
-        dtype, dtype_reason = world.from_rank_0(lambda: pick_dtype(model, corpus, config, device))
-        if world.parallel == "fsdp":
-            distributed.fully_shard(model, dtype, world)
-        optimizer = make_optimizer(model, config)
-        if checkpoint is not None:
-            checkpoint.load_optimizer(model, optimizer)
-        update = Step(
-            model,
-            optimizer,
-            corpus,
-            config,
-            device=device,
-            dtype=dtype,
-            step=progress.step,
-            world=world,
-        )
     if config.profile:
-        profiling.first_step(config, progress.step, world)
+        profiling.first_step(config, update.step, world)
     folder = world.from_rank_0(lambda: _make_folder(config, preset))
     config = config.replace(out_dir=str(folder), resume=False, parallel="auto")
+    progress = Progress() if checkpoint is None else checkpoint.progress
     run = Run(
         folder=Path(config.out_dir),
         config=config,
         corpus=corpus,
-        model=model,
-        optimizer=optimizer,
+        model=update.model,
+        optimizer=update.optimizer,
         update=update,
         device=device,
         world=world,
         dtype_reason=dtype_reason,
-        config_json=to_json(
-            config,
-            model_config,
-            preset=preset,
-            data={
-                "source": text.source,
-                "note": text.note,
-                "sha256": text.sha256,
-                **corpus.sizes,
-            },
-            versions={"python": platform.python_version(), "torch": str(torch.__version__)},
-            world={"processes": world.size, "parallel": world.parallel},
-        ),
+        config_json=_config_json(config, model_config, preset, corpus, world),
         elapsed_s=progress.elapsed_s,
         best_val_loss=progress.best_val_loss,
         best_step=progress.best_step,
@@ -298,6 +231,117 @@ def _resumed_settings(
         )
     train = {"profile": False, **train}  # once is enough
     return checkpoint.train.replace(**train), {**dataclasses.asdict(checkpoint.model), **model}
+
+
+def _load(
+    settings: Settings,
+    config: TrainConfig,
+    model_fields: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    world: World,
+) -> tuple[TrainConfig, GPTConfig, Corpus | Arithmetic]:
+    """The data, and the settings with what follows from it; nothing large is made before it fits.
+
+    Raises: ConfigError if the data is bad, or not the checkpoint's.
+    """
+    task = task_of(config, device)
+    text = task.text if task else load_data(config.data)
+    if isinstance(text, Prepared) and "tokenizer" not in settings.given:
+        config = config.replace(tokenizer=text.vocabulary.kind)
+    if not task and config.data not in NAMES:
+        config = config.replace(data=str(Path(config.data).resolve()))
+    if checkpoint is None:
+        tokenizer = task.tokenizer if task else text.tokenizer(config.tokenizer)
+        vocab_size = -(-tokenizer.vocab_size // config.vocab_multiple) * config.vocab_multiple
+        model_fields = {**model_fields, "vocab_size": vocab_size}
+        if task and "block_size" not in settings.given:
+            model_fields["block_size"] = task.width - 1
+    else:
+        tokenizer = checkpoint.tokenizer
+        if text.sha256 != checkpoint.config.get("data", {}).get("sha256"):
+            raise ConfigError(
+                f"--resume: {text.source} is not the text this run was trained on; "
+                "give the same --data, or start a new run"
+            )
+    model_config = GPTConfig(**model_fields)
+    if world.parallel != "fsdp":  # whose processes share the weights
+        memory.check(config, model_config, device)
+    corpus = task or Corpus.build(
+        text,
+        tokenizer,
+        val_fraction=config.val_fraction,
+        device=device,
+        eval_tokens=config.eval_tokens,
+    )
+    corpus.check_block(model_config.block_size)
+    return config, model_config, corpus
+
+
+def _build(
+    settings: Settings,
+    config: TrainConfig,
+    model_config: GPTConfig,
+    corpus: Corpus | Arithmetic,
+    checkpoint: Checkpoint | None,
+    origin: Checkpoint | None,
+    device: torch.device,
+    world: World,
+) -> tuple[Step, str]:
+    """Model and optimizer in a Step: new, fine-tuned from `origin`, or the checkpoint's.
+
+    Returns: the Step, and why it computes in its dtype.
+    Raises: ConfigError if weights do not fit; RunError if the memory does not hold it all.
+    """
+    torch.manual_seed(config.seed)
+    with memory.advised(config, model_config, device, torch.float32, "the same command"):
+        model = build_model(config.model, model_config)
+        if world.parallel != "fsdp":
+            model.to(device)
+        if origin is not None:
+            words = finetune.initialise(model, corpus.tokenizer, origin)
+            print(f"from    {origin.folder}: {words}")
+            if "learning_rate" not in settings.given:
+                print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
+        finetune.freeze(model, config.freeze)
+        if checkpoint is not None:
+            checkpoint.load_weights(model)
+        dtype, dtype_reason = world.from_rank_0(lambda: pick_dtype(model, corpus, config, device))
+        if world.parallel == "fsdp":
+            distributed.fully_shard(model, dtype, world)
+        optimizer = make_optimizer(model, config)
+        if checkpoint is not None:
+            checkpoint.load_optimizer(model, optimizer)
+        update = Step(
+            model,
+            optimizer,
+            corpus,
+            config,
+            device=device,
+            dtype=dtype,
+            step=0 if checkpoint is None else checkpoint.progress.step,
+            world=world,
+        )
+    return update, dtype_reason
+
+
+def _config_json(
+    config: TrainConfig,
+    model_config: GPTConfig,
+    preset: str,
+    corpus: Corpus | Arithmetic,
+    world: World,
+) -> str:
+    """config.json: the settings, and what they were given to."""
+    text = corpus.text
+    return to_json(
+        config,
+        model_config,
+        preset=preset,
+        data={"source": text.source, "note": text.note, "sha256": text.sha256, **corpus.sizes},
+        versions={"python": platform.python_version(), "torch": str(torch.__version__)},
+        world={"processes": world.size, "parallel": world.parallel},
+    )
 
 
 def _make_folder(config: TrainConfig, preset: str) -> Path:
