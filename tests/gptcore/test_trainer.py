@@ -252,7 +252,7 @@ def test_the_log_says_what_the_clock_says(prepared, tmp_path, monkeypatch):
     assert [record[name] for name in ("step", "loss", "step_ms", "tokens_per_s", "mfu")] == [
         *(2, 3.0, 2500.0, tokens / 2.5, 0.2)
     ]
-    one_bit = Evaluation(loss=math.log(2), accuracy=0.5, exact_match=0.0)
+    one_bit = Evaluation(loss=math.log(2), accuracy=0.5, exact_match=0.0, targets=2, rows=1)
     assert log.bits_per_character(one_bit) == pytest.approx(4 / 3, rel=1e-2)
 
 
