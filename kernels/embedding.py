@@ -92,7 +92,7 @@ def _masked_gradient(
     return dy
 
 
-@jit(do_not_specialize=["site", "threshold", "position"])
+@jit(do_not_specialize=["T", "site", "threshold", "position"])
 def _embed_kernel(
     idx_ptr,  # (B, T) int64
     token_ptr,  # (V, C)
@@ -141,7 +141,7 @@ def _embed_kernel(
     tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["site", "threshold", "position"])
+@jit(do_not_specialize=["T", "site", "threshold", "position"])
 def _position_gradient_kernel(
     dy_ptr,  # (B * T, C)
     key_ptr,  # (2,) or (3,) or None
@@ -188,7 +188,7 @@ def _position_gradient_kernel(
     tl.store(dposition_ptr + tl.program_id(0).to(tl.int64) * C + cols, dposition, mask=cols < C)
 
 
-@jit(do_not_specialize=["site", "threshold"])
+@jit(do_not_specialize=["T", "site", "threshold"])
 def _token_gradient_one_hot_kernel(
     idx_ptr,  # (M,) int64
     dy_ptr,  # (M, C)
@@ -250,7 +250,7 @@ def _token_gradient_one_hot_kernel(
     tl.store(partials_ptr + offsets, total * scale, mask=mask)
 
 
-@jit(do_not_specialize=["site", "threshold"])
+@jit(do_not_specialize=["T", "site", "threshold"])
 def _token_gradient_sorted_kernel(
     order_ptr,  # (M,) int64: rows in the order of their tokens
     starts_ptr,  # (V + 1,) int64: where each token's rows start in it

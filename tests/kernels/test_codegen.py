@@ -463,6 +463,42 @@ def test_random_numbers_cost_at_most_six_instructions_an_element():
     assert len(cost) == 3 and max(cost.values()) <= 6, cost
 
 
+_SIZES_OF_ONE = """
+import dataclasses
+from triton.backends.nvidia.compiler import CUDABackend
+from kernels import codegen
+from kernels.budgets import CASES
+
+class Typed(Exception): pass
+
+def stop(*_): raise Typed
+
+def first_stage_only(self, stages, *rest, add_stages=CUDABackend.add_stages):
+    add_stages(self, stages, *rest)
+    stages.update(dict.fromkeys(list(stages)[1:], stop))
+
+CUDABackend.add_stages = first_stage_only
+wanted = {case.op: case for case in CASES if "bf16" in case.name}
+for case in wanted.values():
+    sizes = {letter: 2 if letter == "D" else 1 for letter in case.sizes}
+    ones = dataclasses.replace(case, sizes=sizes, dropout_p=0.2)
+    for _, launch in codegen.distinct_launches(codegen.record(ones, "sm_90")):
+        try:
+            codegen.compile_launch(launch.kernel, launch.grid, launch.args, launch.kwargs, "sm_90")
+        except Typed:
+            print(launch.name)
+"""
+
+
+def test_every_op_compiles_at_sizes_of_one():
+    """Triton then puts the number 1 in place of the argument, which the interpreter does not: what
+    breaks on a number breaks in the first stage, where a kernel is typed."""
+    result = run("-c", _SIZES_OF_ONE, env=COMPILED | {"TRITON_ALWAYS_COMPILE": "1"})
+    assert result.returncode == 0, result.stderr
+    launched = set(result.stdout.split())
+    assert launched > {"_embed_kernel", "_attention_dq_kernel", "_rotary_kernel"}, launched
+
+
 def test_a_breach_is_exit_code_1(monkeypatch, capsys):
     row = ROW | {"spills": 7, "error": "none"}
     monkeypatch.setattr(codegen, "examine", lambda *_: [row])
