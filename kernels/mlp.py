@@ -5,7 +5,8 @@
 
     dz = dy * act'(z), dbias = sum_M dz, dx = dz weight, dweight = dz^T x
 
-act' needs only y for ReLU (y > 0) and ReLU^2 (2 sqrt(y)); GELU keeps z. Hendrycks, Gimpel 2016,
+act' needs only y for ReLU (y > 0) and ReLU^2 (2 sqrt(y)); GELU keeps z, and so does ReLU^2 in
+float16, where squares of numbers below 0.008 have lost bits. Hendrycks, Gimpel 2016,
 arXiv:1606.08415; So et al. 2021, "Primer", arXiv:2109.08668.
 """
 
@@ -81,12 +82,12 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 
 @jit
-def _activation_backward(dy, saved, ACTIVATION: tl.constexpr):
-    """dy * act'(z), float32, from what was saved: z for gelu, y for the others."""
+def _activation_backward(dy, saved, ACTIVATION: tl.constexpr, KEPT_Z: tl.constexpr):
+    """dy * act'(z), float32, from what was saved: y, or KEPT_Z."""
     if ACTIVATION == "relu":
         dz = tl.where(saved > 0, dy, 0.0)
     elif ACTIVATION == "relu2":
-        dz = dy * (2 * tl.sqrt(saved))
+        dz = dy * (2 * (tl.maximum(saved, 0.0) if KEPT_Z else tl.sqrt(saved)))
     else:
         gate, dgate = _gelu_gate(saved)
         slope = 1.5957691216057308 + 0.2140644488178 * (saved * saved)  # 2 du/dz
@@ -134,8 +135,10 @@ def _linear_act_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + ks
-        x = tl.load(x_rows + k[None, :] * stride_xk, k[None, :] < K, other=0.0)
-        w = tl.load(weight_cols + k[:, None] * stride_wk, k[:, None] < K, other=0.0)
+        x_ptrs = x_rows + k[None, :].to(tl.int64) * stride_xk
+        weight_ptrs = weight_cols + k[:, None].to(tl.int64) * stride_wk
+        x = tl.load(x_ptrs, k[None, :] < K, other=0.0)
+        w = tl.load(weight_ptrs, k[:, None] < K, other=0.0)
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         accumulator = tl.dot(x, w, accumulator, input_precision=PRECISION)
@@ -154,7 +157,7 @@ def _linear_act_kernel(
 @jit
 def _activation_backward_kernel(
     dy_ptr,  # (M, N)
-    saved_ptr,  # (M, N) contiguous: z for gelu, else y
+    saved_ptr,  # (M, N) contiguous: z if KEPT_Z, else y
     dz_ptr,  # (M, N) contiguous
     partials_ptr,  # (1, P, N) float32: dbias; or None
     M,
@@ -163,6 +166,7 @@ def _activation_backward_kernel(
     stride_dyn,
     P,
     ACTIVATION: tl.constexpr,
+    KEPT_Z: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -178,7 +182,7 @@ def _activation_backward_kernel(
         dy_offsets = rows[:, None] * stride_dym + cols[None, :].to(tl.int64) * stride_dyn
         dy = tl.load(dy_ptr + dy_offsets, mask, other=0.0).to(tl.float32)
         saved = tl.load(saved_ptr + offsets, mask, other=0.0).to(tl.float32)
-        dz = _activation_backward(dy, saved, ACTIVATION)
+        dz = _activation_backward(dy, saved, ACTIVATION, KEPT_Z)
         tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask)
         if partials_ptr is not None:
             dbias += dz
@@ -226,6 +230,11 @@ def linear_act_plan(
     return LinearActPlan(library=False)
 
 
+def _keeps_z(activation: str, dtype: torch.dtype) -> bool:
+    """Whether the backward needs z itself."""
+    return activation == "gelu" or (activation == "relu2" and dtype == torch.float16)
+
+
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
@@ -243,7 +252,9 @@ def _library_forward(x, weight, bias, activation, needs_z):
     if activation == "gelu":
         return F.gelu(z, approximate="tanh"), z
     z = z.relu_() if bias is None else z
-    return (z.square_() if activation == "relu2" else z), None
+    if activation == "relu2":
+        return (z.square(), z) if needs_z else (z.square_(), None)
+    return z, None
 
 
 def _forward(
@@ -318,6 +329,7 @@ def _backward(
         *dy.stride(),
         P=P,
         ACTIVATION=activation,
+        KEPT_Z=_keeps_z(activation, saved.dtype),
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         num_warps=num_warps,
@@ -340,7 +352,7 @@ def _setup_context(ctx, inputs, output):
     y, z = output
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)  # z has none, and zeros would be a kernel
-    ctx.save_for_backward(x, weight, z if ctx.activation == "gelu" else y)
+    ctx.save_for_backward(x, weight, z if _keeps_z(ctx.activation, y.dtype) else y)
 
 
 def _autograd_backward(ctx, dy, _dz):
@@ -382,7 +394,7 @@ def linear_act(x, weight, bias=None, *, activation="relu", backend="auto"):
     needs_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
     )
-    needs_z = activation == "gelu" and needs_gradient
+    needs_z = needs_gradient and _keeps_z(activation, dtype)
     return _forward_op(x, weight, bias, activation, needs_z)[0]
 
 

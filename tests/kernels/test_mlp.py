@@ -99,6 +99,33 @@ def test_obeys_the_2x_rule(device, choose, way, dtype, activation):
     )
 
 
+@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("way", WAYS)
+def test_small_numbers_keep_their_bits_in_float16(device, choose, way, activation):
+    """Their squares do not."""
+    backend = choose(way)
+    (x, weight, bias), gradient = make_inputs(device, (40, 23), 37, torch.float16)
+    assert_passed(
+        comparisons(
+            lambda *leaves: linear_act(*leaves, activation=activation, backend=backend),
+            lambda *leaves: plain(*leaves, activation),
+            [1e-3 * x, weight, 1e-3 * bias],
+            gradient,
+        )
+    )
+
+
+def test_strides_past_2_to_the_31(device, choose):
+    """Along the axis that is summed over; of a CPU only the pages touched exist."""
+    backend = choose("triton")
+    storage = torch.zeros(0, dtype=torch.float16, device=device).new_empty(3 * 2**30 + 16)
+    x = storage.as_strided((16, 24), (1, 2**31 // 16))
+    x.copy_(torch.randn(16, 24))
+    weight = torch.randn(16, 24).to(device, torch.float16)
+    y = linear_act(x, weight, activation="relu", backend=backend)
+    torch.testing.assert_close(y, F.relu(x.contiguous() @ weight.t()))
+
+
 SHAPES = {"M1-K1-N1": ((1, 1), 1), "M33-K16-N17": ((33, 16), 17), "B2-T2-K5-N300": ((2, 2, 5), 300)}
 
 
