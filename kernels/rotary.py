@@ -184,9 +184,11 @@ def _forward(qkv: torch.Tensor, table: torch.Tensor, normalize: bool) -> torch.T
 
 
 def _backward(
-    dy: torch.Tensor, qkv: torch.Tensor, table: torch.Tensor, normalize: bool
+    dy: torch.Tensor, qkv: torch.Tensor | None, table: torch.Tensor, normalize: bool
 ) -> torch.Tensor:
-    return _launch(qkv.contiguous(), dy.contiguous(), table.contiguous(), normalize)
+    dy = dy.contiguous()
+    qkv = qkv.contiguous() if normalize else dy  # which nothing reads
+    return _launch(qkv, dy, table.contiguous(), normalize)
 
 
 # ------------------------------------------------------------------------------------- autograd
@@ -199,7 +201,7 @@ _backward_op.register_fake(_backward)
 
 def _setup_context(ctx, inputs, output):
     qkv, table, ctx.normalize = inputs
-    ctx.save_for_backward(qkv, table)
+    ctx.save_for_backward(qkv if ctx.normalize else None, table)
 
 
 def _autograd_backward(ctx, dy):

@@ -150,3 +150,19 @@ def test_triton_refuses_float64(device):
     qkv = torch.zeros(1, 2, 3, 1, 4, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match="float64 needs backend='eager'"):
         rotary_qkv(qkv, rotary_table(2, 4, device=device), backend="triton")
+
+
+@pytest.mark.parametrize("normalize", (False, True), ids=("plain", "normalized"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_the_backward_reads_is_kept(device, backend, normalize):
+    kept = []
+    qkv = torch.randn(2, 7, 3, 2, 8, device=device, requires_grad=True)
+    table = rotary_table(7, 8, device=device)
+
+    def pack(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        rotary_qkv(qkv, table, normalize=normalize, backend=backend)
+    assert (max(kept) >= 2 / 3 * qkv.numel()) == normalize
