@@ -70,14 +70,26 @@ def _probabilities(s, visible, qk_scale, lse, inv_l, MASKED: tl.constexpr, EXACT
 
 
 @jit
-def _tile(ptr, offs_t, stride_t, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _eights(stride_b, stride_h, stride_t):
+    """The same strides, multiples of 8, so that the compiler knows it of them and loads 16 bytes.
+
+    By itself it looks for multiples of 16 alone, which rows of 8, 24, 40 ... elements are not.
+    """
+    return stride_b // 8 * 8, stride_h // 8 * 8, stride_t // 8 * 8
+
+
+@jit
+def _tile(
+    ptr, offs_t, stride_t, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
     """Pointers (BLOCK, BLOCK_D) to the rows offs_t (BLOCK,), or of odd rows (BLOCK, 32).
 
-    Elements of odd rows, which are no multiple of 16, are loaded one by one. A thread then has one
+    Elements of odd rows, no multiple of 16 nor EIGHTS, are loaded one by one. A thread then has one
     pointer for all chunks of 32 in a row, whose distances are constants in the instructions, and
     not one for every element. float32 has no registers to spare for what that takes.
     """
-    IS_ODD: tl.constexpr = HEAD_DIM % 16 > 0 and ptr.dtype.element_ty != tl.float32
+    IS_ODD: tl.constexpr = HEAD_DIM % 16 > 0 and not EIGHTS and ptr.dtype.element_ty != tl.float32
     offs_d = tl.arange(0, 32 if IS_ODD and BLOCK_D > 32 else BLOCK_D).to(tl.int64)
     return ptr + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :] * stride_d
 
@@ -142,6 +154,7 @@ def _forward_tiles(
         acc = acc * alpha[:, None]
         if DROPOUT:
             keep = keep_tile(seed, step, plane, site, offs_m, start_n, threshold, BLOCK_N, QUADS)
+            # A zero that the compiler cannot know: it then needs fewer instructions (sm_80, sm_90).
             p = tl.where(keep, p, qk_scale * 0.0)
         v = _load(v_ptrs + step_n * stride_vt, mask, stride_vd, HEAD_DIM, BLOCK_D)
         acc = _dot(p.to(v.dtype), v, acc, PRECISION, WIDEN)
@@ -165,9 +178,14 @@ def _attention_forward_kernel(
     H, Tq, Tk, qk_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i, the longest first."""
+    if EIGHTS:
+        stride_qb, stride_qh, stride_qt = _eights(stride_qb, stride_qh, stride_qt)
+        stride_kb, stride_kh, stride_kt = _eights(stride_kb, stride_kh, stride_kt)
+        stride_vb, stride_vh, stride_vt = _eights(stride_vb, stride_vh, stride_vt)
+        stride_ob, stride_oh, stride_ot = _eights(stride_ob, stride_oh, stride_ot)
     tiles = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // tiles
     start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -178,11 +196,11 @@ def _attention_forward_kernel(
 
     q_base, o_base = q_ptr + b * stride_qb + h * stride_qh, o_ptr + b * stride_ob + h * stride_oh
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
-    tile = _tile(q_base, rows, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
+    tile = _tile(q_base, rows, stride_qt, stride_qd, HEAD_DIM, BLOCK_D, EIGHTS)
     q = _load(tile, mask, stride_qd, HEAD_DIM, BLOCK_D)
     offs_n = lane_order(BLOCK_N, QUADS)
-    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
-    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
+    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, HEAD_DIM, BLOCK_D, EIGHTS)
+    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, HEAD_DIM, BLOCK_D, EIGHTS)
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
         plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
@@ -207,7 +225,7 @@ def _attention_forward_kernel(
     )  # fmt: skip
 
     o = acc * (keep_scale / l_i)[:, None]
-    o_ptrs = _tile(o_base, rows, stride_ot, stride_od, HEAD_DIM, BLOCK_D)
+    o_ptrs = _tile(o_base, rows, stride_ot, stride_od, HEAD_DIM, BLOCK_D, EIGHTS)
     _store(o_ptrs, o, mask, stride_od, HEAD_DIM, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
     tl.store(lse_ptr + rows, m_i if EXACT else m_i + tl.log2(l_i), rows < Tq)
@@ -262,9 +280,16 @@ def _attention_dq_kernel(
     H, Tq, Tk, qk_scale, dq_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i: its delta and dq."""
+    if EIGHTS:
+        stride_qb, stride_qh, stride_qt = _eights(stride_qb, stride_qh, stride_qt)
+        stride_kb, stride_kh, stride_kt = _eights(stride_kb, stride_kh, stride_kt)
+        stride_vb, stride_vh, stride_vt = _eights(stride_vb, stride_vh, stride_vt)
+        stride_ob, stride_oh, stride_ot = _eights(stride_ob, stride_oh, stride_ot)
+        stride_dob, stride_doh, stride_dot = _eights(stride_dob, stride_doh, stride_dot)
+        stride_dqb, stride_dqh, stride_dqt = _eights(stride_dqb, stride_dqh, stride_dqt)
     tiles = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // tiles
     start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -277,11 +302,11 @@ def _attention_dq_kernel(
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     do_base, dq_base = do_ptr + b * stride_dob + h * stride_doh, dq_ptr + b * stride_dqb
     dq_base += h * stride_dqh
-    tile = _tile(q_base, rows, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
+    tile = _tile(q_base, rows, stride_qt, stride_qd, HEAD_DIM, BLOCK_D, EIGHTS)
     q = _load(tile, mask, stride_qd, HEAD_DIM, BLOCK_D)
-    tile = _tile(o_base, rows, stride_ot, stride_od, HEAD_DIM, BLOCK_D)
+    tile = _tile(o_base, rows, stride_ot, stride_od, HEAD_DIM, BLOCK_D, EIGHTS)
     o = _load(tile, mask, stride_od, HEAD_DIM, BLOCK_D)
-    tile = _tile(do_base, rows, stride_dot, stride_dod, HEAD_DIM, BLOCK_D)
+    tile = _tile(do_base, rows, stride_dot, stride_dod, HEAD_DIM, BLOCK_D, EIGHTS)
     do = _load(tile, mask, stride_dod, HEAD_DIM, BLOCK_D)
     lse_ptr += bh.to(tl.int64) * Tq
     lse = tl.load(lse_ptr + rows, rows < Tq, other=float("inf"))
@@ -290,8 +315,8 @@ def _attention_dq_kernel(
         planes = tl.num_programs(0) // tiles
         inv_l = tl.load(lse_ptr + planes.to(tl.int64) * Tq + rows, rows < Tq, other=0.0)
     offs_n = lane_order(BLOCK_N, QUADS)
-    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
-    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
+    k_ptrs = _tile(k_base, offs_n, stride_kt, stride_kd, HEAD_DIM, BLOCK_D, EIGHTS)
+    v_ptrs = _tile(v_base, offs_n, stride_vt, stride_vd, HEAD_DIM, BLOCK_D, EIGHTS)
     if DROPOUT:
         seed, step, first = load_key(key_ptr, HAS_FIRST)
         plane = first * H.to(tl.uint32) + bh.to(tl.uint32)
@@ -329,7 +354,7 @@ def _attention_dq_kernel(
         full, high, offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D,
         BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=True, ONLY_DELTA=False,
     )  # fmt: skip
-    dq_ptrs = _tile(dq_base, rows, stride_dqt, stride_dqd, HEAD_DIM, BLOCK_D)
+    dq_ptrs = _tile(dq_base, rows, stride_dqt, stride_dqd, HEAD_DIM, BLOCK_D, EIGHTS)
     _store(dq_ptrs, dq * dq_scale, mask, stride_dqd, HEAD_DIM, BLOCK_D)
 
 
@@ -391,9 +416,16 @@ def _attention_dkdv_kernel(
     H, Tq, Tk, qk_scale, dk_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns key tile i, the longest first: its dk and dv."""
+    if EIGHTS:
+        stride_qb, stride_qh, stride_qt = _eights(stride_qb, stride_qh, stride_qt)
+        stride_kb, stride_kh, stride_kt = _eights(stride_kb, stride_kh, stride_kt)
+        stride_vb, stride_vh, stride_vt = _eights(stride_vb, stride_vh, stride_vt)
+        stride_dob, stride_doh, stride_dot = _eights(stride_dob, stride_doh, stride_dot)
+        stride_dkb, stride_dkh, stride_dkt = _eights(stride_dkb, stride_dkh, stride_dkt)
+        stride_dvb, stride_dvh, stride_dvt = _eights(stride_dvb, stride_dvh, stride_dvt)
     tiles = tl.cdiv(Tk, BLOCK_N)
     bh = tl.program_id(0) // tiles
     start_n = tl.program_id(0) % tiles * BLOCK_N
@@ -404,13 +436,13 @@ def _attention_dkdv_kernel(
     k_base, v_base = k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh
     q_base, do_base = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob
     do_base += h * stride_doh
-    tile = _tile(k_base, cols, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
+    tile = _tile(k_base, cols, stride_kt, stride_kd, HEAD_DIM, BLOCK_D, EIGHTS)
     k = _load(tile, mask, stride_kd, HEAD_DIM, BLOCK_D)
-    tile = _tile(v_base, cols, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
+    tile = _tile(v_base, cols, stride_vt, stride_vd, HEAD_DIM, BLOCK_D, EIGHTS)
     v = _load(tile, mask, stride_vd, HEAD_DIM, BLOCK_D)
     offs_m = tl.arange(0, BLOCK_M)
-    q_ptrs = _tile(q_base, offs_m, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
-    do_ptrs = _tile(do_base, offs_m, stride_dot, stride_dod, HEAD_DIM, BLOCK_D)
+    q_ptrs = _tile(q_base, offs_m, stride_qt, stride_qd, HEAD_DIM, BLOCK_D, EIGHTS)
+    do_ptrs = _tile(do_base, offs_m, stride_dot, stride_dod, HEAD_DIM, BLOCK_D, EIGHTS)
     lse_ptr += bh.to(tl.int64) * Tq
     inv_l_ptr = lse_ptr + (tl.num_programs(0) // tiles).to(tl.int64) * Tq
     delta_ptr += bh.to(tl.int64) * Tq
@@ -440,8 +472,8 @@ def _attention_dkdv_kernel(
     )  # fmt: skip
     dk_base, dv_base = dk_ptr + b * stride_dkb, dv_ptr + b * stride_dvb
     dk_base, dv_base = dk_base + h * stride_dkh, dv_base + h * stride_dvh
-    dk_ptrs = _tile(dk_base, cols, stride_dkt, stride_dkd, HEAD_DIM, BLOCK_D)
-    dv_ptrs = _tile(dv_base, cols, stride_dvt, stride_dvd, HEAD_DIM, BLOCK_D)
+    dk_ptrs = _tile(dk_base, cols, stride_dkt, stride_dkd, HEAD_DIM, BLOCK_D, EIGHTS)
+    dv_ptrs = _tile(dv_base, cols, stride_dvt, stride_dvd, HEAD_DIM, BLOCK_D, EIGHTS)
     _store(dk_ptrs, dk * dk_scale, mask, stride_dkd, HEAD_DIM, BLOCK_D)
     _store(dv_ptrs, dv * keep_scale, mask, stride_dvd, HEAD_DIM, BLOCK_D)
 
@@ -512,10 +544,10 @@ def plan(
         return _TF32[size][kernel]
     if dtype == torch.float32:
         return _FLOAT32[1 if kernel == "dq" and size == 0 else size]
-    if D > 64 and D % 16:  # elements of odd rows are loaded one by one
+    if D > 32 and D % 8:  # elements of odd rows are loaded one by one
         if architecture == "sm_90":
             return _ODD_ROWS[kernel]
-        if kernel == "forward":
+        if kernel == "forward" and size:
             return Plan(64, 32, 4, 1)  # 64 keys spill
     return _PLANS.get(architecture, _PLANS["sm_80"])[size][kernel]
 
@@ -533,8 +565,12 @@ def _qk_scale(q, scale: float) -> float:
     return scale if q.dtype == torch.float32 else scale * LOG2E
 
 
-def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tuple[Plan, dict]:
-    """The plan of a launch and the constexpr arguments it shares with the others."""
+def _options(kernel: str, tensors, dropout_p: float, key, blocks: Plan | None) -> tuple[Plan, dict]:
+    """The plan of a launch and the constexpr arguments it shares with the others.
+
+    tensors: all that the kernel takes by strides, q first.
+    """
+    q = tensors[0]
     D, architecture = q.shape[-1], backend.architecture(q.device)
     precision = backend.product_precision(q.dtype)
     tf32 = precision == "tf32"
@@ -550,9 +586,16 @@ def _options(kernel: str, q, dropout_p: float, key, blocks: Plan | None) -> tupl
         "PRECISION": precision,
         "EXACT": q.dtype == torch.float32,
         "WIDEN": architecture == "interpreter" and q.dtype == torch.bfloat16,
+        "EIGHTS": D % 16 == 8
+        and all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1])
+        and all(x.stride(-1) == 1 for x in tensors),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
+
+
+def _strides(tensors) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()]
 
 
 def forward(q, k, v, o, key, scale, dropout_p, site, blocks: Plan | None = None):
@@ -561,13 +604,14 @@ def forward(q, k, v, o, key, scale, dropout_p, site, blocks: Plan | None = None)
     For float32 inputs lse[0] is the maximum of a row's scores instead, lse[1] 1 / sum e^(s - m).
     """
     B, H, Tq, _ = q.shape
-    blocks, options = _options("forward", q, dropout_p, key, blocks)
+    tensors = q, k, v, o
+    blocks, options = _options("forward", tensors, dropout_p, key, blocks)
     lse = saved_like(q, k, dropout_p)
     backend.launch(
         _attention_forward_kernel,
         (B * H * -(-Tq // blocks.block_m),),
-        *(q, k, v, o, lse, lse if key is None else key),
-        *(*q.stride(), *k.stride(), *v.stride(), *o.stride()),
+        *(*tensors, lse, lse if key is None else key),
+        *_strides(tensors),
         *(H, Tq, k.shape[2], _qk_scale(q, scale), dropout_scale(dropout_p)),
         *(site, dropout_threshold(dropout_p)),
         **options,
@@ -586,21 +630,23 @@ def backward(
     scales = _qk_scale(q, scale), scale * keep_scale, keep_scale
     key = lse if key is None else key
     delta = torch.empty_like(lse[0])
-    blocks, options = _options("dq", q, dropout_p, key, dq_blocks)
+    tensors = q, k, v, o, do, dq
+    blocks, options = _options("dq", tensors, dropout_p, key, dq_blocks)
     backend.launch(
         _attention_dq_kernel,
         (B * H * -(-Tq // blocks.block_m),),
-        *(q, k, v, o, do, dq, lse, delta, key),
-        *(*q.stride(), *k.stride(), *v.stride(), *o.stride(), *do.stride(), *dq.stride()),
+        *(*tensors, lse, delta, key),
+        *_strides(tensors),
         *(H, Tq, Tk, *scales, site, dropout_threshold(dropout_p)),
         **options,
     )
-    blocks, options = _options("dkdv", q, dropout_p, key, dkdv_blocks)
+    tensors = q, k, v, do, dk, dv
+    blocks, options = _options("dkdv", tensors, dropout_p, key, dkdv_blocks)
     backend.launch(
         _attention_dkdv_kernel,
         (B * H * -(-Tk // blocks.block_n),),
-        *(q, k, v, do, dk, dv, lse, delta, key),
-        *(*q.stride(), *k.stride(), *v.stride(), *do.stride(), *dk.stride(), *dv.stride()),
+        *(*tensors, lse, delta, key),
+        *_strides(tensors),
         *(H, Tq, Tk, *scales, site, dropout_threshold(dropout_p)),
         **options,
     )
