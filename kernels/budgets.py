@@ -149,7 +149,7 @@ def _case(op: str, name: str, arches: tuple[str, ...] = NVIDIA) -> Case:
 
 
 # The notebook's size (64 x 256 tokens, 6 heads of 64, C = 384, V = 65), GPT-2's, long contexts,
-# and the second seed's head size of 85.
+# the second seed's head size of 85 and others that are no multiple of 16.
 CASES = (
     _case("causal_attention", "B64-T256-H6-D64-bf16-p0.2", ALL),
     _case("causal_attention", "B64-T256-H6-D64-bf16"),
@@ -157,8 +157,12 @@ CASES = (
     _case("causal_attention", "B4-T4096-H12-D128-bf16", ALL),
     _case("causal_attention", "B4-T4096-H12-D128-bf16-p0.2"),
     _case("causal_attention", "B4-T4096-H12-D256-bf16", (*ALL, "sm_89")),
+    _case("causal_attention", "B4-T4096-H12-D256-bf16-p0.2", ("sm_90",)),
     _case("causal_attention", "B4-T4096-H12-D256-fp32", ("sm_89",)),
+    _case("causal_attention", "B64-T256-H6-D40-bf16-p0.2", ("sm_90",)),
+    _case("causal_attention", "B64-T256-H6-D50-bf16-p0.2", ("sm_90",)),
     _case("causal_attention", "B64-T256-H6-D85-bf16-p0.2", ("sm_90",)),
+    _case("causal_attention", "B64-T256-H6-D88-bf16-p0.2", ("sm_90",)),
     _case("causal_attention", "B64-T256-H6-D64-fp32-p0.2", ("sm_90", "sm_100")),
     _case("causal_attention", "B64-T256-H6-D64-tf32-p0.2", (*NVIDIA, "sm_89")),
     _case("causal_attention", "B4-T4096-H12-D128-tf32-p0.2", ("sm_89", "sm_90", "sm_100")),
@@ -166,17 +170,20 @@ CASES = (
     _case("layer_norm", "M16384-C768-bf16", ("sm_90",)),
     _case("layer_norm", "M16384-C1024-bf16", ("sm_90",)),
     _case("layer_norm", "M16384-C4096-bf16", ("sm_90",)),
+    _case("layer_norm", "M16384-C16384-bf16", ("sm_90",)),
     _case("dropout_add_layer_norm", "M16384-C384-bf16-p0.2", ALL),
     _case("dropout_add_layer_norm", "M16384-C768-bf16", ("sm_90",)),
     _case("dropout_add_layer_norm", "M16384-C1024-bf16-p0.2", ("sm_90",)),
     _case("dropout_add_layer_norm", "M16384-C4096-bf16-p0.2", ("sm_90",)),
     _case("linear_act", "M16384-K384-N1536-bf16-relu", ALL),
     _case("linear_act", "M16384-K768-N3072-bf16-gelu", ("sm_90",)),
+    _case("linear_act", "M16384-K384-N1536-bf16-relu2", ("sm_90",)),
     _case("cross_entropy", "M16384-V65-bf16", ALL),
     _case("cross_entropy", "M16384-V50257-bf16", ("sm_90",)),
     _case("linear_cross_entropy", "M16384-C384-V65-bf16", ("sm_90",)),
     _case("linear_cross_entropy", "M16384-C768-V50257-bf16", ("sm_90",)),
     _case("embed", "B64-T256-C384-V65-bf16-p0.2", ALL),
+    _case("embed", "B12-T1024-C768-V50304-bf16", ("sm_90",)),
     _case("rotary_qkv", "B64-T256-H6-D64-bf16", ALL),
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
@@ -369,14 +376,30 @@ causal_attention B4-T4096-H12-D256-bf16
   _attention_forward_kernel gfx942 296 0 36864 1 63.7 v_mfma
   _attention_dq_kernel gfx942 224 0 32768 2 63.0 v_mfma
   _attention_dkdv_kernel gfx942 296 0 32768 1 124.0 v_mfma
+causal_attention B4-T4096-H12-D256-bf16-p0.2
+  _attention_forward_kernel sm_90 255 16 196608 1 29.7 HGMMA
+  _attention_dq_kernel sm_90 255 0 196608 1 35.4 HGMMA
+  _attention_dkdv_kernel sm_90 248 0 131072 1 58.9 HGMMA+HMMA
 causal_attention B4-T4096-H12-D256-fp32
   _attention_forward_kernel sm_89 255 4 33792 1 950.4 -
   _attention_dq_kernel sm_89 255 37 57344 1 1402.5 -
   _attention_dkdv_kernel sm_89 255 38 74752 1 1731.4 -
+causal_attention B64-T256-H6-D40-bf16-p0.2
+  _attention_forward_kernel sm_90 192 0 40960 2 20.1 HGMMA
+  _attention_dq_kernel sm_90 224 0 49152 2 19.0 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 40960 2 19.9 HGMMA
+causal_attention B64-T256-H6-D50-bf16-p0.2
+  _attention_forward_kernel sm_90 200 0 20480 1 25.8 HGMMA
+  _attention_dq_kernel sm_90 216 0 40960 1 23.0 HGMMA
+  _attention_dkdv_kernel sm_90 255 0 40960 1 39.7 HGMMA+HMMA
 causal_attention B64-T256-H6-D85-bf16-p0.2
   _attention_forward_kernel sm_90 255 0 40960 1 30.9 HGMMA
   _attention_dq_kernel sm_90 248 0 81920 1 27.5 HGMMA
   _attention_dkdv_kernel sm_90 255 52 77824 1 57.3 HGMMA+HMMA
+causal_attention B64-T256-H6-D88-bf16-p0.2
+  _attention_forward_kernel sm_90 255 0 81920 2 24.3 HGMMA
+  _attention_dq_kernel sm_90 232 0 131072 1 22.0 HGMMA
+  _attention_dkdv_kernel sm_90 255 12 114688 1 26.2 HGMMA
 causal_attention B64-T256-H6-D64-fp32-p0.2
   _attention_forward_kernel sm_90 255 0 20480 2 214.2 -
   _attention_dq_kernel sm_90 152 0 22528 3 306.4 -
@@ -432,6 +455,11 @@ layer_norm M16384-C4096-bf16
   _forward_kernel sm_90 48 0 32 5 19.5 -
   _backward_kernel sm_90 72 0 16384 1 26.4 -
   _sum_partials_kernel sm_90 48 0 256 10 - -
+layer_norm M16384-C16384-bf16
+  _forward_kernel sm_90 72 0 64 1 16.6 -
+  _wide_backward_kernel sm_90 72 0 32 3 - -
+  _parameter_gradient_kernel sm_90 72 0 8192 3 - -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C384-bf16-p0.2
   _forward_kernel sm_80 80 0 0 24 41.3 -
   _backward_kernel sm_80 168 0 4096 3 51.5 -
@@ -469,6 +497,10 @@ linear_act M16384-K384-N1536-bf16-relu
 linear_act M16384-K768-N3072-bf16-gelu
   _linear_act_kernel sm_90 144 0 98304 1 - HGMMA
   _activation_backward_kernel sm_90 136 0 4096 3 - -
+  _sum_partials_kernel sm_90 48 0 256 10 - -
+linear_act M16384-K384-N1536-bf16-relu2
+  _linear_act_kernel sm_90 120 0 98304 2 - HGMMA
+  _activation_backward_kernel sm_90 120 0 4096 4 - -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 cross_entropy M16384-V65-bf16
   _cross_entropy_kernel sm_80 64 0 128 8 35.3 -
@@ -508,6 +540,10 @@ embed B64-T256-C384-V65-bf16-p0.2
   _embed_kernel gfx942 40 0 0 8 33.6 -
   _position_gradient_kernel gfx942 48 0 2048 8 - -
   _token_gradient_one_hot_kernel gfx942 144 0 8192 3 - v_mfma
+embed B12-T1024-C768-V50304-bf16
+  _embed_kernel sm_90 40 0 0 12 11.5 -
+  _position_gradient_kernel sm_90 48 0 2048 10 - -
+  _token_gradient_sorted_kernel sm_90 48 0 12336 10 - -
 rotary_qkv B64-T256-H6-D64-bf16
   _rotary_kernel sm_80 56 0 0 9 24.1 -
   _rotary_kernel sm_90 56 0 0 9 24.4 -

@@ -512,7 +512,9 @@ def test_spills_are_stated_exceptions_of_attention():
     spilling = {(case, arch) for (_, case, _, arch), b in BUDGETS.items() if b.spills}
     assert spilling == {
         ("B64-T256-H6-D85-bf16-p0.2", "sm_90"),
+        ("B64-T256-H6-D88-bf16-p0.2", "sm_90"),
         ("B4-T4096-H12-D256-bf16", "sm_80"),
+        ("B4-T4096-H12-D256-bf16-p0.2", "sm_90"),
         ("B4-T4096-H12-D256-fp32", "sm_89"),
     }
 
