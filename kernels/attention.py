@@ -21,6 +21,7 @@ from kernels.backend import autocast_dtype, resolve, transforming
 from kernels.rng import (
     check_dropout,
     check_key,
+    check_number,
     dropout_scale,
     dropout_threshold,
 )
@@ -244,7 +245,7 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 _forward_qkv_op.register_autograd(_op_backward_qkv, setup_context=_setup_context)
 
 
-def _check(op, q, k, v, scale, dropout_p, backend):
+def _check(op, q, k, v, scale, dropout_p, site, backend):
     """Raise unless tensors and numbers fit each other; returns backend, scale, dropout_p."""
     D = q.shape[-1]
     if not 1 <= D <= MAX_HEAD_DIM:
@@ -256,10 +257,11 @@ def _check(op, q, k, v, scale, dropout_p, backend):
         )
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         raise TypeError(f"{op}: q, k, v must agree in dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    scale = D**-0.5 if scale is None else float(scale)
+    scale = D**-0.5 if scale is None else scale
+    check_number(op, "scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite; got {scale}")
-    check_dropout(op, dropout_p)
+    check_dropout(op, dropout_p, site)
     if dropout_threshold(dropout_p) == 0:
         dropout_p = 0.0
     backend = resolve(op, backend, q, k, v)
@@ -267,7 +269,7 @@ def _check(op, q, k, v, scale, dropout_p, backend):
     if q.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{op}: dtype must be one of {names} with backend {backend}; got {q.dtype}")
-    return backend, scale, float(dropout_p)
+    return backend, float(scale), float(dropout_p)
 
 
 def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, backend="auto"):
@@ -299,7 +301,7 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
     if shapes[0][:2] != shapes[1][:2] or shapes[0][3] != shapes[1][3]:
         raise ValueError(f"{op}: q and k must agree in B, H, D; got q {shapes[0]}, k {shapes[1]}")
     q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
-    backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, backend)
+    backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, site, backend)
     key = check_key(op, key, q.device) if dropout_p else None
     if scale <= 0:  # the kernels' running maximum, and SDPA, take a positive one
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
@@ -337,7 +339,7 @@ def causal_attention_qkv(
         raise ValueError(f"{op}: qkv must be (B, T, 3, H, D); got {tuple(qkv.shape)}")
     qkv = qkv.to(autocast_dtype(qkv))
     q, k, v = _heads(qkv)
-    backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, backend)
+    backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, site, backend)
     key = check_key(op, key, qkv.device) if dropout_p else None
     if backend == "eager" and _is_small(q, k):
         return _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site)

@@ -31,7 +31,7 @@ _recorded_architecture: str | None = None
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a matrix product of x would have: autocast's where autocast is on, else x's."""
-    eligible = x.dtype != torch.float64 and not x.is_meta
+    eligible = x.is_floating_point() and x.dtype != torch.float64 and not x.is_meta
     if eligible and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

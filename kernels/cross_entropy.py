@@ -28,8 +28,9 @@ from kernels.cross_entropy_kernels import launch_cross_entropy, launch_reduce, l
 REDUCTIONS = ("mean", "sum", "none")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# A chunk of logits: near the L2 of an H200 (50 MB), so that softmax mostly finds there what the
-# product left, yet rows enough (768 at V = 50257 in 16 bits) to feed the three products.
+# A chunk of logits: rows enough (768 at V = 50257 in 16 bits) to feed the three products, and few
+# enough chunks that adding up dweight, 8 bytes a weight and chunk, stays small beside them; yet
+# near the L2 of an H200 (50 MB), where softmax finds what the product wrote last.
 _CHUNK_BYTES = 80_000_000
 _CHUNK_ROWS = 128  # chunks hold a multiple of it, the tallest tile of a matrix product
 _ROW_ALIGNMENT = 64  # elements; cuBLAS and wide loads want aligned rows, whatever V is
@@ -52,8 +53,8 @@ def _eager_cross_entropy(op, logits, targets, ignore_index, reduction):
 
 
 def _check_range(op, targets, V, ignore_index):
-    """Raises: ValueError if a target is no class; looks at the values, so for the CPU only."""
-    if torch.compiler.is_compiling():
+    """Raises: ValueError if a target is no class; on a CPU only, because it looks at the values."""
+    if torch.compiler.is_compiling() or not targets.is_cpu:
         return
     wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
     if wrong.numel():
@@ -182,6 +183,8 @@ def _linear_cross_entropy_forward(
     x (M, C), weight (V, C); products in `dtype`; dweight, dbias and eager's dx are accumulators.
     """
     (M, C), V = x.shape, weight.shape[0]
+    if reduction == "none":  # the gradient of each row has a scale that the backward will know
+        needs_gradients = (False,) * 3
     needs_dx, needs_dweight, needs_dbias = needs_gradients
     needs_dlogits = any(needs_gradients)
     triton = backend == "triton"
@@ -364,9 +367,9 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> torch.Tensor:
-    """cross_entropy(x @ weight.T + bias, targets) that never holds all logits.
+    """cross_entropy(x @ weight.T + bias, targets) that holds no more than 80 MB of logits.
 
-    Logits of more than 80 MB are made, used and overwritten a chunk of rows at a time; gradients
+    More than that are made, used and overwritten a chunk of rows at a time, at least 128; gradients
     are computed beside the loss, dweight and dbias summed in float32. Under autocast the products
     run in its dtype, and dweight is rounded only if `weight` itself is short.
 
@@ -383,8 +386,8 @@ def linear_cross_entropy(
     named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
         _check_dtype(op, name, tensor)
-    if weight.ndim != 2 or weight.shape[0] < 1:
-        raise ValueError(f"{op}: weight must be (V, C), V >= 1; got {tuple(weight.shape)}")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"{op}: weight must be (V, C), V, C >= 1; got {tuple(weight.shape)}")
     V, C = weight.shape
     if x.ndim < 1 or x.shape[-1] != C:
         raise ValueError(f"{op}: x must be (..., {C}) as weight is; got {tuple(x.shape)}")

@@ -93,12 +93,14 @@ def _long_cross_entropy_kernel(
     SCALED: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The same of long rows: program i owns row i, and each of LANES threads a sum of its own.
+    """The same of long rows: each of LANES threads has a sum of its own.
+
+    Program i owns row i from the last: what the product wrote last is still in the L2.
 
     Rows of odd V are not aligned, but the granules of 8 elements in the midst of each are: they
     move in 16 bytes, and the up to 7 elements on either side, the edges, one by one.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     target = tl.load(targets_ptr + row * stride_tm)
     counts = target != ignore_index
     in_range = (target >= 0) & (target < V)

@@ -174,7 +174,7 @@ def layer_norm(x, weight, bias=None, *, eps=1e-5, backend="auto"):
         cannot run.
     Source: arXiv:1607.06450.
     """
-    where = _check("layer_norm", x, None, weight, bias, None, eps, 0.0, backend)
+    where = _check("layer_norm", x, None, weight, bias, None, eps, 0.0, 0, backend)
     y_dtype = autocast_dtype(x)
     if where == "eager":
         return _eager_layer_norm(x, weight, bias, eps, y_dtype)
@@ -206,7 +206,7 @@ def dropout_add_layer_norm(
     Source: arXiv:1607.06450; mask of `kernels.rng`.
     """
     op = "dropout_add_layer_norm"
-    where = _check(op, x, residual, weight, bias, x_bias, eps, dropout_p, backend)
+    where = _check(op, x, residual, weight, bias, x_bias, eps, dropout_p, site, backend)
     if dropout_p:
         key = rng.check_key(op, key, x.device)
     y_dtype = autocast_dtype(x)
@@ -217,7 +217,7 @@ def dropout_add_layer_norm(
     return _forward_op(x, residual, weight, bias, x_bias, key, eps, dropout_p, site, y_dtype)[:2]
 
 
-def _check(op, x, residual, weight, bias, x_bias, eps, dropout_p, choice) -> str:
+def _check(op, x, residual, weight, bias, x_bias, eps, dropout_p, site, choice) -> str:
     """The backend, once the arguments obey the rules."""
     vectors = {"weight": weight, "bias": bias, "x_bias": x_bias}
     for name, tensor in {"x": x, "residual": residual, **vectors}.items():
@@ -245,9 +245,10 @@ def _check(op, x, residual, weight, bias, x_bias, eps, dropout_p, choice) -> str
                 f"{op}: residual must be float32 or of x's dtype; "
                 f"got x {x.dtype}, residual {residual.dtype}"
             )
+    rng.check_number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}: eps must not be negative; got {eps}")
-    rng.check_dropout(op, dropout_p)
+    rng.check_dropout(op, dropout_p, site)
     where = backend.resolve(op, choice, x, residual, weight, bias, x_bias)
     if where == "triton" and x.dtype == torch.float64:
         raise TypeError(f"{op}: float64 needs backend='eager'; got x {x.dtype}, backend 'triton'")

@@ -421,12 +421,12 @@ def _check(x, weight, bias, activation, choice) -> str:
             f"linear_act: bias must be (N,) with N {weight.shape[0]}, the rows of weight; "
             f"got {tuple(bias.shape)}"
         )
+    if not x.shape[-1]:
+        raise ValueError(f"linear_act: K must be at least 1; got x {tuple(x.shape)}")
     where = backend.resolve("linear_act", choice, x, weight, bias)
-    if not torch.is_autocast_enabled(x.device.type if not x.is_meta else "cpu") and any(
-        tensor.dtype != x.dtype for tensor in tensors.values()
-    ):
+    if len({autocast_dtype(tensor) for tensor in tensors.values()}) > 1:
         got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-        raise TypeError(f"linear_act: outside autocast dtypes must agree; got {got}")
+        raise TypeError(f"linear_act: dtypes must agree (autocast leaves float64 alone); got {got}")
     if where == "triton" and x.dtype == torch.float64:
         raise TypeError(f"linear_act: float64 needs backend='eager'; got x {x.dtype}")
     return where

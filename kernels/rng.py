@@ -95,10 +95,22 @@ def dropout_scale(p: float) -> float:
     return 65536 / (65536 - dropout_threshold(p))
 
 
-def check_dropout(op: str, dropout_p: float) -> None:
-    """Raises: ValueError unless 0 <= dropout_p and some 16-bit lane survives."""
+def check_dropout(op: str, dropout_p: float, site: int = 0) -> None:
+    """Raises: ValueError unless 0 <= dropout_p, some 16-bit lane survives and site has 32 bits;
+    TypeError if they are no numbers."""
+    check_number(op, "dropout_p", dropout_p)
     if not 0 <= dropout_p or dropout_threshold(dropout_p) >= 65536:
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
+    if not isinstance(site, int):
+        raise TypeError(f"{op}: site must be a whole number; got {site!r}")
+    if not 0 <= site < 2**32:
+        raise ValueError(f"{op}: site must be in [0, 2**32); got {site}")
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """Raises: TypeError unless it is one of Python's."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; got {value!r}")
 
 
 def philox4x32(c0, c1, c2, c3, k0: int, k1: int, rounds: int = PHILOX_ROUNDS):
@@ -166,11 +178,12 @@ def dropout_keep_mask(
         cols: number of columns.
         p: dropout probability in [0, 1).
     Returns: (planes, rows, cols) bool.
-    Raises: ValueError if p is outside [0, 1).
+    Raises: ValueError, TypeError on a bad key, site or p.
     """
     if _source is not None:
         return _source(key, site, planes, rows, cols, p)
-    check_dropout("dropout_keep_mask", p)
+    check_dropout("dropout_keep_mask", p, site)
+    check_key("dropout_keep_mask", key, key.device)
     device = torch.device(device) if device is not None else key.device
     groups = -(-cols // 8)
     planes, rows = _positions(planes, device), _positions(rows, device)

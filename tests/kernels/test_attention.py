@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import attention, attention_eager, causal_attention, causal_attention_qkv
+from kernels.backend import recording
 from kernels.checks import hold_rule
 from kernels.problems import attention_keep, plain_attention
 from kernels.rng import dropout_keep_mask, dropout_scale, make_key
@@ -204,13 +205,17 @@ def test_scales_of_any_sign(backend, function, scale, device):
     check(tensors, do, function=function, scale=scale, backend=backend)
 
 
-@pytest.mark.parametrize("D", [16, 70])  # 70: odd rows, loaded in chunks of 32
+# 24: rows of eights, but for their distances; 70: odd rows, loaded in chunks of 32
+@pytest.mark.parametrize("D", [16, 24, 70])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_views(backend, D, device):
     q, k, v, _ = draw((2, 3, 21, 35, D), device, torch.float32 if D == 16 else torch.float16)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    k = k.mT.contiguous().mT
-    v = torch.cat([v, v], dim=-1)[..., ::2]
+    if D == 24:
+        q = torch.cat([q, q[..., :1]], dim=-1)[..., :D]
+    else:
+        k = k.mT.contiguous().mT
+        v = torch.cat([v, v], dim=-1)[..., ::2]
     do = torch.ones((), device=device, dtype=q.dtype).expand(q.shape)
     key = make_key(1, 2, device=device)
     check([q, k, v], do, dropout_p=0.2, key=key, site=SITE, backend=backend)
@@ -324,6 +329,18 @@ def test_offsets_past_32_bits(device):
         large.append(view.copy_(x))
     expected = causal_attention(*small, backend="triton")
     assert torch.equal(causal_attention(*large, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("D, padding, known", [(24, 0, True), (24, 1, False), (64, 0, False)])
+def test_the_compiler_is_told_of_rows_of_eights(D, padding, known):
+    """What Triton sees by itself, multiples of 16, and what is not true it is not told."""
+    launches = []
+    qkv = torch.empty(2, 40, 3, 2, D + padding, device="meta", dtype=torch.bfloat16)
+    qkv = qkv.requires_grad_()[..., :D]
+    with recording(lambda *launch: launches.append(launch), "sm_90"):
+        o = causal_attention_qkv(qkv)
+        torch.autograd.grad(o, qkv, torch.empty_like(o))
+    assert [launch[3]["EIGHTS"] for launch in launches] == 3 * [known]
 
 
 # Bindings -------------------------------------------------------------------------------------
@@ -513,6 +530,16 @@ BAD_INPUT = {
         ValueError,
         "all tensors must be on one device; got cpu, meta",
     ),
+    "scale type": ((A, A, A), {"scale": "a"}, TypeError, "scale must be a number; got 'a'"),
+    "dropout type": (
+        (A, A, A),
+        {"dropout_p": None},
+        TypeError,
+        "dropout_p must be a number; got None",
+    ),
+    "site": ((A, A, A), {"site": 2**32}, ValueError, "site must be in [0, 2**32); got 4294967296"),
+    "site below 0": ((A, A, A), {"site": -1}, ValueError, "site must be in [0, 2**32); got -1"),
+    "site type": ((A, A, A), {"site": 1.5}, TypeError, "site must be a whole number; got 1.5"),
     "scale": ((A, A, A), {"scale": float("nan")}, ValueError, "scale must be finite; got nan"),
     "dropout": (
         (A, A, A),
@@ -544,6 +571,11 @@ def test_bad_input(device, case):
         causal_attention(*arguments, **options)
 
 
+def test_autocast_makes_no_numbers_of_integers():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="got torch.int32"):
+        causal_attention(A.int(), A.int(), A.int())
+
+
 def test_bad_packed_input():
     message = "causal_attention_qkv: qkv must be (B, T, 3, H, D); got (2, 4, 2, 3, 8)"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -555,7 +587,7 @@ def test_bad_packed_input():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
-@pytest.mark.parametrize("D", [32, 64, 85, 128, 256])
+@pytest.mark.parametrize("D", [24, 32, 50, 64, 85, 88, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_2x_rule_compiled(dtype, D, dropout_p, device):
     *tensors, do = draw((2, 3, 300, 300, D), device, dtype)

@@ -642,7 +642,7 @@ def test_messages(device):
     )
     rejects(
         ValueError,
-        "linear_cross_entropy: weight must be (V, C), V >= 1; got (5,)",
+        "linear_cross_entropy: weight must be (V, C), V, C >= 1; got (5,)",
         *(linear, x, bias, None, targets),
     )
     rejects(
@@ -667,3 +667,29 @@ def test_messages(device):
         "got x torch.float16, weight torch.float32, bias torch.float32",
         *(linear, x.half(), weight, bias, targets),
     )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_the_backward_must_make_again_are_not_made(device, backend, reduction):
+    """It knows the scale of each row, which "none" needs."""
+    x, weight = torch.randn(9, 24, device=device), torch.randn(70, 24, device=device)
+    targets = torch.arange(9, device=device)
+    options = IGNORED, reduction, torch.float32, (True, True, False), backend
+    _, _, *gradients = module._linear_cross_entropy_op(x, weight, None, targets, None, *options)
+    made = reduction != "none"
+    assert [g.numel() for g in gradients] == [made * x.numel(), made * weight.numel(), 0]
+
+
+def test_targets_are_looked_at_on_a_cpu_only():
+    """Elsewhere looking would make the host wait, and break a CUDA graph's capture."""
+
+    class Looked(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            assert op is not torch.ops.aten.index.Tensor
+            return op(*args, **(kwargs or {}))
+
+    with Looked():
+        module._check_range("op", torch.zeros(4, dtype=torch.int64, device="meta"), 3, IGNORED)
+    with pytest.raises(AssertionError), Looked():
+        module._check_range("op", torch.zeros(4, dtype=torch.int64), 3, IGNORED)

@@ -297,6 +297,8 @@ MESSAGES = {
     "idx must be (B, T); got (2,)": lambda i, t, q: embed(i[:, 0], t, q),
     "token_weight must be floating point; got torch.int64": lambda i, t, q: embed(i, t.long(), q),
     "token_weight must be (V, C), V, C >= 1; got (9,)": lambda i, t, q: embed(i, t[:, 0], q),
+    "position must be a whole number; got 1.5": lambda i, t, q: embed(i, t, q, position=1.5),
+    "site must be in [0, 2**32); got -1": lambda i, t, q: embed(i, t, q, site=-1),
     "position must be >= 0; got -1": lambda i, t, q: embed(i, t, q, position=-1),
     "token_weight and position_weight must agree in dtype; got torch.float32, torch.float16": (
         lambda i, t, q: embed(i, t, q.half())

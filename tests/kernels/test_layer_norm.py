@@ -524,6 +524,7 @@ ERRORS = {
         TypeError,
         "residual must be float32 or of x's dtype; got x torch.float32, residual torch.float16",
     ),
+    "eps type": ({"eps": None}, TypeError, "eps must be a number; got None"),
     "eps": ({"eps": -1.0}, ValueError, "eps must not be negative; got -1.0"),
     "eps nan": ({"eps": float("nan")}, ValueError, "eps must not be negative; got nan"),
     "dropout_p": ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),

@@ -317,13 +317,18 @@ ERRORS = {
     "activation": ({"activation": "tanh"}, ValueError, "one of relu, gelu, relu2; got 'tanh'"),
     "x dtype": ({"x": torch.zeros(3, 8).long()}, TypeError, "x must be .* got torch.int64"),
     "x shape": ({"x": torch.zeros(3, 7)}, ValueError, r"got x \(3, 7\), weight \(4, 8\)"),
+    "no channels": (
+        {"x": torch.zeros(3, 0), "weight": torch.zeros(4, 0)},
+        ValueError,
+        r"K must be at least 1; got x \(3, 0\)",
+    ),
     "scalar x": ({"x": torch.zeros(())}, ValueError, r"got x \(\), weight \(4, 8\)"),
     "weight shape": ({"weight": torch.zeros(8)}, ValueError, r"got x \(3, 8\), weight \(8,\)"),
     "bias shape": ({"bias": torch.zeros(8)}, ValueError, r"bias must be \(N,\) with N 4.* \(8,\)"),
     "mixed dtypes": (
         {"weight": torch.zeros(4, 8).half()},
         TypeError,
-        "outside autocast dtypes must agree; got x torch.float32, weight torch.float16",
+        r"dtypes must agree \(.*\); got x torch.float32, weight torch.float16",
     ),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
     "device": ({"weight": torch.zeros(4, 8, device="meta")}, ValueError, "got cpu, meta"),
@@ -338,6 +343,14 @@ ERRORS = {
         "float64 needs backend='eager'",
     ),
 }
+
+
+@pytest.mark.parametrize("double", ["x", "weight"])
+def test_autocast_leaves_float64_alone(double):
+    tensors = {"x": torch.zeros(3, 8), "weight": torch.zeros(4, 8)}
+    tensors[double] = tensors[double].double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="float64 alone"):
+        linear_act(**tensors)
 
 
 @pytest.mark.parametrize("changes, error, message", ERRORS.values(), ids=ERRORS)

@@ -186,6 +186,13 @@ def test_bad_keys(message):
         rng.check_key("op", key, torch.device("cpu"))
 
 
+def test_a_mask_wants_a_key_and_a_site():
+    with pytest.raises(TypeError, match="dropout_keep_mask: key must be an int64 tensor"):
+        dropout_keep_mask(torch.zeros(2), 0, 1, 1, 8, 0.1)
+    with pytest.raises(ValueError, match="dropout_keep_mask: site must be in"):
+        dropout_keep_mask(make_key(1), -1, 1, 1, 8, 0.1)
+
+
 @pytest.mark.parametrize("p", [-0.1, 1.0, 0.999999, float("nan")])
 def test_bad_probability(p):
     message = f"dropout_keep_mask: dropout_p must be in [0, 1); got {p}"
