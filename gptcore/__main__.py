@@ -69,8 +69,6 @@ def sample(arguments) -> int:
         return 0
     start = tokenizer.decode([0]) if arguments.start is None else arguments.start
     tokens = tokenizer.encode(start).astype("int64")
-    if len(tokens) == 0:
-        raise ConfigError("--start must hold at least one character")
     if arguments.num_samples < 1:
         raise ConfigError(f"--num_samples must be at least 1; got {arguments.num_samples}")
     idx = torch.tensor(tokens, device=next(model.parameters()).device)

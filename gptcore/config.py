@@ -275,6 +275,8 @@ def check_field(field: dataclasses.Field, value) -> None:
         raise ConfigError(f"{field.name} must be {kind_name(kinds)}; got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name} must be finite; got {value!r}")
+    if value == "" and field.default != "":
+        raise ConfigError(f"{field.name} must not be empty; got ''")
     rule = field.metadata
     if "choices" in rule and value not in rule["choices"]:
         raise ConfigError(

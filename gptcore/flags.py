@@ -98,6 +98,9 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(
                 f"unknown {kind} {word}" + (suggestion(word, flags) or f"; see {self.prog} --help")
             )
+        for name, value in vars(namespace).items():
+            if value == "" and not (name in FIELDS and FIELDS[name].default == ""):
+                raise ConfigError(f"{name} must not be empty; is a shell variable unset?")
         return namespace
 
 

@@ -212,7 +212,7 @@ def _prepare(arguments) -> tuple[Path, Plan]:
     if resume and folder is None:
         raise ConfigError("--resume needs the sweep's folder; add --out_dir")
     plan = Plan(base, grid, drawn, arguments.trials or 1, arguments.halving)
-    path = Path(folder) if folder else None
+    path = None if folder is None else Path(folder)
     if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
         if not resume:
             raise ConfigError(

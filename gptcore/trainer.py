@@ -189,7 +189,7 @@ def _checkpoint_to_resume(
     config: TrainConfig, world: World
 ) -> tuple[Checkpoint | None, dict[Path, str]]:
     """`newest_whole` of --out_dir with --resume; None where the run is to start."""
-    folder = Path(config.out_dir) if config.out_dir else None
+    folder = None if config.out_dir is None else Path(config.out_dir)
     if not config.resume:
         if world.rank:  # rank 0 may have made it by now
             return None, {}

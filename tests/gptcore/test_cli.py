@@ -85,6 +85,40 @@ def test_bad_training_input_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train --out_dir=", "train --preset=", "train --data=", "train --init_from="),
+        *("train --n_embd=8 --backend=", "lr_range --out_dir=", "lr_range --preset="),
+        *("sweep --grid=n_embd=8,16 --out_dir=", "sweep --grid=n_embd=8,16 --init_from="),
+        *("eval RUN --data=", "prepare mine.txt --out_dir=", "import a b --format=nanogpt --data="),
+    ],
+)
+def test_an_empty_value_is_refused(
+    train_main, tiny_flags, trained_run, tmp_path, monkeypatch, capsys, command
+):
+    """--out_dir "$RUN" with RUN unset is not the current folder, whose files it would replace."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    words = [str(trained_run) if word == "RUN" else word for word in command.split()]
+    name, *flags = words
+    if name in ("train", "sweep", "lr_range"):
+        flags = [*tiny_flags, *flags]
+    message = f"{words[-1].strip('-=')} must not be empty; is a shell variable unset?"
+    if name == "train":
+        fails(capsys, train_main, flags, message)
+    else:
+        fails(capsys, main, [name, *flags], message)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+def test_an_empty_folder_name_in_a_file_is_refused(train_main, tiny_flags, tmp_path, capsys):
+    (tmp_path / "my.toml").write_text('out_dir = ""\n')
+    flags = [*tiny_flags, f"--config={tmp_path / 'my.toml'}"]
+    fails(capsys, train_main, flags, "out_dir must not be empty; got ''")
+
+
 def test_a_backend_that_cannot_run_here(
     train_main, tiny_flags, prepared, tmp_path, monkeypatch, capsys
 ):
@@ -144,7 +178,7 @@ def test_sampling_is_reproducible(trained_run, capsys):
     ("flags", "message"),
     [
         (["--start=Ünö"], "text has characters the model has never seen: 'Üö'"),
-        (["--start="], "--start must hold at least one character"),
+        (["--start="], "start must not be empty"),
         (["--temperature=-1"], "temperature"),
         (["--top_k=0"], "top_k"),
         (["--top_p=2"], "top_p"),
