@@ -1,13 +1,14 @@
 """The learning-rate range test: raise the rate step by step until training breaks.
 
 A short run whose rate grows by the same factor each step (`--schedule exponential`). The loss
-falls where rates are useful and rises where they are too high. Suggested are the rate where the
-smoothed loss falls fastest, a safe constant rate, and a tenth of where it is lowest, about the
-highest peak that a schedule can pass through (Smith 2017, arXiv:1506.01186).
+falls where rates are useful and rises where they are too high. Suggested are a tenth of the rate
+where the smoothed loss is lowest, to start with, and that rate itself, the largest at which the
+loss still fell, as the limit (Smith 2017, arXiv:1506.01186; the tenth is fastai's).
 """
 
 import csv
 import math
+import statistics
 from pathlib import Path
 
 from gptcore.config import ConfigError, RunError
@@ -47,12 +48,16 @@ def lr_range(arguments) -> int:
         writer = csv.writer(file)
         writer.writerow(["learning_rate", "loss", "smoothed_loss"])
         writer.writerows(zip(rates, losses, smooth, strict=True))
-    steepest, lowest = suggestions(rates, smooth)
-    plot(rates, losses, smooth, (steepest, lowest / 10), folder / "lr_range.png")
+    lowest = lowest_rate(rates, losses, smooth)
+    plot(rates, losses, smooth, lowest, folder / "lr_range.png")
+    if lowest is None:
+        raise RunError(
+            f"the smoothed loss never fell clearly below the first losses, see {folder}/"
+            "lr_range.png; give a lower --start_lr, a higher --end_lr or a larger --num_iter"
+        )
     print(
-        f"loss falls fastest at {steepest:.2g}, is lowest at {lowest:.2g} (smoothed, "
-        f"{len(rates)} steps)\n"
-        f"suggestion  --learning_rate {steepest:.1g}, or up to {lowest / 10:.1g} as the peak of a "
+        f"the smoothed loss is lowest at {lowest:.2g}, of {len(rates)} steps\n"
+        f"suggestion  --learning_rate {lowest / 10:.1g}, or up to {lowest:.1g} as the peak of a "
         f"schedule with warm-up\nplot        {folder / 'lr_range.png'}, numbers in lr_range.csv"
     )
     return 0
@@ -95,27 +100,28 @@ def smoothed(losses: list[float]) -> list[float]:
     return result
 
 
-def suggestions(rates: list[float], smooth: list[float]) -> tuple[float, float]:
-    """The rate where the loss falls fastest as the rate grows, and where it is lowest."""
+def lowest_rate(rates: list[float], losses: list[float], smooth: list[float]) -> float | None:
+    """The rate where the smoothed loss is lowest; None if nothing was learnt.
+
+    That is, if it never falls two standard deviations below the first losses: a tenth, at least 10.
+    """
     lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    last = max(lowest, 2)
-    slopes = [smooth[i + 1] - smooth[i - 1] for i in range(1, last)]
-    steepest = 1 + min(range(len(slopes)), key=slopes.__getitem__)
-    return rates[steepest], rates[lowest]
+    first = losses[: max(10, len(losses) // 10)]
+    learnt = smooth[lowest] < statistics.fmean(first) - 2 * statistics.stdev(first)
+    return rates[lowest] if learnt else None
 
 
-def plot(rates, losses, smooth, suggested: tuple[float, float], image: Path) -> None:
-    """Loss against learning rate."""
+def plot(rates, losses, smooth, lowest: float | None, image: Path) -> None:
+    """Loss against learning rate, and what is suggested."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(rates, losses, color="0.8", lw=1, label="loss")
     axes.plot(rates, smooth, lw=2, label="smoothed")
-    for rate, label, style in zip(
-        suggested, ("falls fastest", "a tenth of the lowest"), ("-", "--"), strict=True
-    ):
-        axes.axvline(rate, color="C3", ls=style, label=f"{label}: {rate:.2g}")
+    if lowest is not None:
+        axes.axvline(lowest / 10, color="C3", label=f"a tenth of the lowest: {lowest / 10:.2g}")
+        axes.axvline(lowest, color="C3", ls="--", label=f"lowest: {lowest:.2g}")
     top = max(losses[0], smooth[0]) * 1.3
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats per token)")
     axes.set_ylim(min(losses) - 0.05 * (top - min(losses)), top)

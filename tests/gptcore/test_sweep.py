@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -320,14 +321,29 @@ def test_axes_of_the_plot():
 # ---- the range test --------------------------------------------------------------------------
 
 
-def test_suggestions_of_a_known_curve():
-    """The loss falls fastest at 1e-3 and is lowest at 1e-1."""
-    rates = [10 ** (-6 + 0.05 * i) for i in range(121)]
-    exponents = [math.log10(rate) for rate in rates]
-    losses = [4 - math.tanh(x + 3) + (2 * (x + 1) ** 2 if x > -1 else 0) for x in exponents]
-    steepest, lowest = lr_range.suggestions(rates, losses)
-    assert steepest == pytest.approx(1e-3, rel=0.01)
-    assert lowest == pytest.approx(1e-1, rel=0.2)
+def noisy(curve, seed=0) -> tuple[list[float], list[float]]:
+    """200 rates from 1e-6 to 1, and losses: curve(log10 of the rate), with noise of 0.1."""
+    noise = random.Random(seed)
+    rates = [10 ** (-6 + 6 * i / 199) for i in range(200)]
+    return rates, [curve(math.log10(rate)) + noise.gauss(0, 0.1) for rate in rates]
+
+
+def test_the_lowest_rate_of_a_known_curve():
+    """The loss falls from 1e-5, is lowest at 1e-2 and then rises; a single low loss moves nothing.
+
+    The average lags by ten steps, here 0.3 of a decade.
+    """
+    rates, losses = noisy(lambda x: 4 - math.tanh(x + 3.5) + 2 * max(0, x + 2) ** 2)
+    losses[60] -= 2
+    lowest = lr_range.lowest_rate(rates, losses, lr_range.smoothed(losses))
+    assert 0.8e-2 < lowest < 3e-2
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("curve", [lambda x: 4.0, lambda x: 4 + max(0, x + 3)], ids=["flat", "up"])
+def test_nothing_is_suggested_where_nothing_was_learnt(curve, seed):
+    rates, losses = noisy(curve, seed)
+    assert lr_range.lowest_rate(rates, losses, lr_range.smoothed(losses)) is None
 
 
 def test_smoothing_is_the_corrected_exponential_average():
@@ -345,8 +361,8 @@ def test_range_test_from_end_to_end(tiny_flags, tmp_path, capsys):
     assert rates[0] == 1e-5 and rates[1] / rates[0] == pytest.approx(1e7 ** (1 / 59))
     assert 20 < len(rows) < 60  # it stopped where the loss broke
     out = capsys.readouterr().out
-    suggested = float(out.split("--learning_rate ")[1].split(",")[0])
-    assert 1e-5 < suggested < 1
+    start, limit = re.search(r"--learning_rate (\S+), or up to (\S+) as", out).groups()
+    assert 1e-3 < float(start) < float(limit) < 10
     assert (folder / "lr_range.png").read_bytes().startswith(b"\x89PNG")
     assert main(["lr_range", *flags]) == 2
     assert f"folder {folder} exists; give another --out_dir" in capsys.readouterr().err
@@ -367,6 +383,16 @@ def test_bad_range_tests(flags, message, tmp_path, capsys):
     assert main(["lr_range", f"--out_dir={tmp_path / 'range'}", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "range").exists()
+
+
+def test_a_range_test_that_learns_nothing(tiny_flags, tmp_path, capsys):
+    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
+    flags += ["--num_iter=30", "--start_lr=1e-9", "--end_lr=1e-8", f"--out_dir={tmp_path / 'r'}"]
+    assert main(["lr_range", *flags]) == 1
+    out, error = capsys.readouterr()
+    assert "suggestion" not in out and error.count("\n") == 1
+    assert "never fell clearly below the first" in error and "a higher --end_lr" in error
+    assert (tmp_path / "r" / "lr_range.png").is_file()
 
 
 def test_a_range_test_that_breaks_at_once(tiny_flags, tmp_path, monkeypatch):
