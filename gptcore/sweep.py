@@ -5,7 +5,8 @@
 
 Every flag of train.py holds for all trials. The sweep's folder keeps sweep.json (what was asked),
 trials/NAME/ (run folders, with result.json once they are done), results.csv and two plots. With
---resume finished trials are skipped and interrupted ones go on from their last checkpoint.
+--resume finished trials are skipped and interrupted ones go on from their last checkpoint; --grid
+and --random may then add trials, but leave none out.
 
 Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all trials get a small part of
 the steps, the best 1 / eta of them eta times as many, and so on. Schedules span all the steps
@@ -248,7 +249,7 @@ def _assignments(flag: str, texts: Sequence[str]):
 
 
 def _continued(folder: Path, plan: Plan) -> Plan:
-    """The plan in `folder`, or `plan` if it extends that one."""
+    """The plan in `folder`, or `plan` if it has all of that one's trials."""
     try:
         content = read_json(folder / "sweep.json")
         before = Plan.from_json(content)
@@ -260,6 +261,13 @@ def _continued(folder: Path, plan: Plan) -> Plan:
         raise ConfigError(
             f"--resume: {folder} was made with other settings, see its sweep.json; give the same, "
             f"or only: {_resume(folder)}"
+        )
+    names = {trial_name(settings) for settings in plan.settings()}
+    forgotten = [name for s in before.settings() if (name := trial_name(s)) not in names]
+    if forgotten:
+        raise ConfigError(
+            f"--resume: --grid and --random must include what {folder} has tried; {forgotten[0]} "
+            f"is missing; add to its values, see its sweep.json, or give only: {_resume(folder)}"
         )
     return plan
 

@@ -199,6 +199,28 @@ def test_resume_skips_what_is_done_and_goes_on_with_the_rest(
     assert "is not a sweep's" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [["n_embd=24"], ["n_embd=20"], ["n_embd=20,22", "dropout=0,0.1"]],
+    ids=["other", "fewer", "finer"],
+)
+def test_resume_forgets_no_trial(grid, pretended, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert main(flags_of(folder, "--grid=n_embd=20,22", "--max_iters=9")) == 0
+    kept = {path: path.read_text() for path in (folder / "sweep.json", folder / "results.csv")}
+    pretended.clear()
+    capsys.readouterr()
+    flags = flags_of(folder, "--max_iters=9", "--resume", *(f"--grid={text}" for text in grid))
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert "must include what" in error and error.count("\n") == 1
+    assert not pretended and all(path.read_text() == text for path, text in kept.items())
+    assert main(flags_of(folder, "--max_iters=9", "--resume", "--grid=n_embd=24,22,20")) == 0
+    assert pretended == [(24, 9)]
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert [row["n_embd"] for row in rows] == ["20", "22", "24"]
+
+
 def test_an_interrupted_sweep_is_saved_and_goes_on(tiny_flags, tmp_path):
     """Ctrl-C: the trial under way keeps its last step, and the command to go on is shown."""
     folder = tmp_path / "sweep"
