@@ -17,20 +17,21 @@ the final LayerNorm where W, the head, has full row rank. `_express` does this.
 
 import dataclasses
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from gptcore.attention_interface import use_in_transformers  # noqa: F401
 from gptcore.config import ConfigError, GPTConfig, TrainConfig, to_json
-from gptcore.files import read_json
+from gptcore.files import read_json, write_text
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
-from gptcore.tensors import read_pickle, read_tensors
+from gptcore.tensors import read_pickle, read_tensors, write_tensors
 
 # GPT-2's names for the parts of ours; each is one component of a parameter's name.
 _GPT2_NAMES = {
@@ -260,8 +261,8 @@ def save_transformers(gpt: GPT, folder) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------- command line
@@ -309,18 +310,20 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
 
 
 def export_model(run, format: str, out) -> None:
-    """Write the model of a run folder in another format.
+    """Write the model of a run folder in another format, whole or not at all.
 
     Args:
         run: a run folder, or a checkpoint in one.
         format: a key of SAVERS.
-        out: what the format's saver writes.
+        out: what the format's saver writes; must not exist.
     Raises: ConfigError.
     """
     from gptcore.checkpoint import open_checkpoint
     from gptcore.model import build_model
 
-    save = _known(SAVERS, format, "export")
+    save, out = _known(SAVERS, format, "export"), Path(out)
+    if os.path.lexists(out):
+        raise ConfigError(f"{out}: already there; give a new name")
     checkpoint = open_checkpoint(run)
     model = build_model(checkpoint.train.model, checkpoint.model)
     if not isinstance(model, (GPT, NaiveGPT)):
@@ -330,7 +333,10 @@ def export_model(run, format: str, out) -> None:
     checkpoint.load_weights(model)
     gpt = model if isinstance(model, GPT) else GPT.from_naive(model)
     try:
-        save(gpt, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as beside:
+            save(gpt, Path(beside) / out.name)
+            os.rename(Path(beside) / out.name, out)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
 

@@ -68,14 +68,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ConfigError(f"{path}: damaged: {_one_line(error)}") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Write CPU tensors as safetensors; returns the fingerprint.
 
     Layout: 8 bytes length of the header (little endian), the header in JSON, the tensors.
 
     Raises: OSError.
     """
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {
