@@ -163,6 +163,9 @@ def _add_import(parser: Parser) -> None:
     parser.add_argument(
         "--tokenizer", choices=("char", "bytes", "gpt2"), help="default char with --data, else gpt2"
     )
+    parser.add_argument(
+        "--vocab_multiple", type=int, default=1, help="what its vocabulary was rounded up to [1]"
+    )
 
 
 def import_(arguments) -> int:
@@ -177,7 +180,12 @@ def import_(arguments) -> int:
     text = "" if kind != "char" else load_text(arguments.data).content
     tokenizer = tokenizer_for(kind, text)
     gpt = import_model(
-        arguments.file, arguments.format, arguments.run, tokenizer, arguments.data or "auto"
+        arguments.file,
+        arguments.format,
+        arguments.run,
+        tokenizer,
+        arguments.data or "auto",
+        arguments.vocab_multiple,
     )
     print(
         f"{arguments.run}: {gpt.num_parameters():,} parameters; "

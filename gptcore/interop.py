@@ -271,7 +271,9 @@ LOADERS = {"notebook": load_notebook, "nanogpt": load_nanogpt, "transformers": l
 SAVERS = {"notebook": save_notebook, "transformers": save_transformers}
 
 
-def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", **overrides) -> GPT:
+def import_model(
+    path, format: str, run_folder, tokenizer, data: str = "auto", vocab_multiple=1, **overrides
+) -> GPT:
     """Read a model and make it the best checkpoint of a new run folder.
 
     Args:
@@ -280,6 +282,8 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
         run_folder: must not exist, or be empty.
         tokenizer: a `gptcore.tokenizer.Tokenizer` for the model's tokens.
         data: recorded as the text that `eval` reads.
+        vocab_multiple: what the vocabulary was rounded up to a multiple of; a char tokenizer must
+            then have just as many tokens as the model, any other at most as many.
         overrides: fields of GPTConfig.
     Raises: ConfigError.
     """
@@ -289,12 +293,21 @@ def import_model(path, format: str, run_folder, tokenizer, data: str = "auto", *
     if run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
         raise ConfigError(f"{run_folder}: already there; give a new folder")
     gpt = _known(LOADERS, format, "import")(path, **overrides)
-    if tokenizer.vocab_size > gpt.config.vocab_size:
+    train = TrainConfig(
+        out_dir=str(run_folder),
+        data=data,
+        tokenizer=tokenizer.kind,
+        vocab_multiple=vocab_multiple,
+    )
+    V, rounded = gpt.config.vocab_size, -(-tokenizer.vocab_size // vocab_multiple) * vocab_multiple
+    if tokenizer.vocab_size > V or (tokenizer.kind == "char" and rounded != V):
         raise ConfigError(
-            f"{path}: the model knows {gpt.config.vocab_size} tokens, the tokenizer "
-            f"{tokenizer.vocab_size}; give the text, or the tokenizer, that it was trained with"
+            f"{path}: the model knows {V} tokens, the tokenizer {tokenizer.vocab_size}; give the "
+            "text, or the tokenizer, that it was trained with (and its --vocab_multiple)"
         )
-    train = TrainConfig(out_dir=str(run_folder), data=data, tokenizer=tokenizer.kind)
+    for name, weight in gpt.named_parameters():
+        if not weight.isfinite().all():
+            raise ConfigError(f"{path}: weights must be finite; got nan or inf in {name}")
     source = {"imported": {"format": format, "path": str(path)}}
     config_json = to_json(train, gpt.config, **source)
     weights = {name: weight.detach() for name, weight in named_weights(gpt).items()}

@@ -479,8 +479,18 @@ def test_import_and_export_through_a_run(notebook, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(ConfigError, match="already there"):
         import_model(path, "notebook", tmp_path / "run", tokenizer)
-    with pytest.raises(ConfigError, match="knows 11 tokens, the tokenizer 12"):
-        import_model(path, "notebook", tmp_path / "other", CharTokenizer("abcdefghijkl"))
+    for multiple, characters in ((1, "abcdefghijkl"), (1, "abcdefghij"), (4, "abcdefghijk")):
+        other = CharTokenizer(characters)
+        message = f"knows 11 tokens, the tokenizer {len(characters)};"
+        with pytest.raises(ConfigError, match=message):
+            import_model(path, "notebook", tmp_path / "other", other, vocab_multiple=multiple)
+    with pytest.raises(ConfigError, match="vocab_multiple must be at least 1; got 0"):
+        import_model(path, "notebook", tmp_path / "other", tokenizer, vocab_multiple=0)
+    with torch.no_grad():
+        model.lm_head.bias[3] = math.nan
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ConfigError, match="finite; got nan or inf in lm_head.bias"):
+        import_model(path, "notebook", tmp_path / "other", tokenizer)
     assert not (tmp_path / "other").exists()
     with pytest.raises(ConfigError, match="cannot export 'nanogpt'; formats: notebook, transf"):
         export_model(tmp_path / "run", "nanogpt", tmp_path / "x")
@@ -518,6 +528,19 @@ def test_an_export_replaces_nothing_and_is_whole_or_not_there(notebook, tmp_path
     assert main(argv) == 2
     assert capsys.readouterr().err == f"error: {out}: already there; give a new name\n"
     assert [file.read_bytes() for file in files] == content
+
+
+def test_a_padded_vocabulary_is_imported_by_its_multiple(tmp_path, capsys):
+    """Ten characters in eleven tokens, as --vocab_multiple 11 pads them."""
+    torch.save(randomise(NaiveGPT(TINY)).state_dict(), tmp_path / "m.pth")
+    (tmp_path / "text.txt").write_text("hello, abcd")
+    argv = ["import", str(tmp_path / "m.pth"), str(tmp_path / "run"), "--format=notebook"]
+    argv += [f"--data={tmp_path / 'text.txt'}"]
+    assert main(argv) == 2
+    assert "knows 11 tokens, the tokenizer 10;" in capsys.readouterr().err
+    assert main([*argv, "--vocab_multiple=11"]) == 0
+    assert open_checkpoint(tmp_path / "run").train.vocab_multiple == 11
+    assert main(["sample", str(tmp_path / "run"), "--start=h", "--max_new_tokens=50"]) == 0
 
 
 def test_command_lines(notebook, tmp_path, capsys):
