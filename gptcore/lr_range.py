@@ -1,9 +1,9 @@
 """The learning-rate range test: raise the rate step by step until training breaks.
 
 A short run whose rate grows by the same factor each step (`--schedule exponential`). The loss
-falls where rates are useful and rises where they are too high. Suggested are a tenth of the rate
-where the smoothed loss is lowest, to start with, and that rate itself, the largest at which the
-loss still fell, as the limit (Smith 2017, arXiv:1506.01186; the tenth is fastai's).
+falls where rates are useful and rises where they are too high. Suggested are the rate where the
+smoothed loss stops falling, as the limit, and a tenth of it to start with (Smith 2017,
+arXiv:1506.01186; the tenth is fastai's).
 """
 
 import csv
@@ -16,6 +16,7 @@ from gptcore.flags import Parser, add_training_flags, take_settings
 
 DIVERGED = 4.0  # stop when the smoothed loss is this many times the lowest, above it
 SMOOTHING = 0.9  # of the exponential average
+LEVEL = 0.02  # of its fall left, the loss has stopped falling; where in a flat valley is luck
 
 
 def add_arguments(parser: Parser) -> None:
@@ -48,16 +49,16 @@ def lr_range(arguments) -> int:
         writer = csv.writer(file)
         writer.writerow(["learning_rate", "loss", "smoothed_loss"])
         writer.writerows(zip(rates, losses, smooth, strict=True))
-    lowest = lowest_rate(rates, losses, smooth)
-    plot(rates, losses, smooth, lowest, folder / "lr_range.png")
-    if lowest is None:
+    limit = limit_of(rates, losses, smooth)
+    plot(rates, losses, smooth, limit, folder / "lr_range.png")
+    if limit is None:
         raise RunError(
             f"the smoothed loss never fell clearly below the first losses, see {folder}/"
             "lr_range.png; give a lower --start_lr, a higher --end_lr or a larger --num_iter"
         )
     print(
-        f"the smoothed loss is lowest at {lowest:.2g}, of {len(rates)} steps\n"
-        f"suggestion  --learning_rate {lowest / 10:.1g}, or up to {lowest:.1g} as the peak of a "
+        f"the smoothed loss stops falling at {limit:.2g}\n"
+        f"suggestion  --learning_rate {limit / 10:.1g}, or up to {limit:.1g} as the peak of a "
         f"schedule with warm-up\nplot        {folder / 'lr_range.png'}, numbers in lr_range.csv"
     )
     return 0
@@ -100,18 +101,20 @@ def smoothed(losses: list[float]) -> list[float]:
     return result
 
 
-def lowest_rate(rates: list[float], losses: list[float], smooth: list[float]) -> float | None:
-    """The rate where the smoothed loss is lowest; None if nothing was learnt.
+def limit_of(rates: list[float], losses: list[float], smooth: list[float]) -> float | None:
+    """The rate where the smoothed loss stops falling; None if nothing was learnt.
 
     That is, if it never falls two standard deviations below the first losses: a tenth, at least 10.
     """
-    lowest = min(range(len(smooth)), key=smooth.__getitem__)
     first = losses[: max(10, len(losses) // 10)]
-    learnt = smooth[lowest] < statistics.fmean(first) - 2 * statistics.stdev(first)
-    return rates[lowest] if learnt else None
+    start, lowest = statistics.fmean(first), min(smooth)
+    if lowest >= start - 2 * statistics.stdev(first):
+        return None
+    level = lowest + LEVEL * (start - lowest)
+    return next(rate for rate, loss in zip(rates, smooth, strict=True) if loss <= level)
 
 
-def plot(rates, losses, smooth, lowest: float | None, image: Path) -> None:
+def plot(rates, losses, smooth, limit: float | None, image: Path) -> None:
     """Loss against learning rate, and what is suggested."""
     from matplotlib.figure import Figure
 
@@ -119,9 +122,9 @@ def plot(rates, losses, smooth, lowest: float | None, image: Path) -> None:
     axes = figure.subplots()
     axes.plot(rates, losses, color="0.8", lw=1, label="loss")
     axes.plot(rates, smooth, lw=2, label="smoothed")
-    if lowest is not None:
-        axes.axvline(lowest / 10, color="C3", label=f"a tenth of the lowest: {lowest / 10:.2g}")
-        axes.axvline(lowest, color="C3", ls="--", label=f"lowest: {lowest:.2g}")
+    if limit is not None:
+        axes.axvline(limit / 10, color="C3", label=f"a tenth of that: {limit / 10:.2g}")
+        axes.axvline(limit, color="C3", ls="--", label=f"stops falling: {limit:.2g}")
     top = max(losses[0], smooth[0]) * 1.3
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats per token)")
     axes.set_ylim(min(losses) - 0.05 * (top - min(losses)), top)
