@@ -59,6 +59,7 @@ def sample(arguments) -> int:
     """write text with a trained model"""
     import torch
 
+    from gptcore import memory
     from gptcore.generation import stream
     from gptcore.tasks import task_of
 
@@ -71,7 +72,9 @@ def sample(arguments) -> int:
     tokens = tokenizer.encode(start).astype("int64")
     if arguments.num_samples < 1:
         raise ConfigError(f"--num_samples must be at least 1; got {arguments.num_samples}")
-    idx = torch.tensor(tokens, device=next(model.parameters()).device)
+    device, length = next(model.parameters()).device, len(tokens) + arguments.max_new_tokens
+    memory.check_sampling(checkpoint.model, device, arguments.num_samples, length)
+    idx = torch.tensor(tokens, device=device)
     idx = idx.expand(arguments.num_samples, -1)
     try:
         drawn = stream(

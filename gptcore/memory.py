@@ -32,6 +32,7 @@ from gptcore.optim import STATE_SLOTS
 from gptcore.step import largest_micro_batch, may_be_half
 
 TOLERANCE = 0.75  # of the estimate must not fit before a run is refused for it
+DRAWN_TOKEN_BYTES = 112  # peak of generation.uniforms on a CPU, the words of Philox above all
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 
@@ -138,6 +139,23 @@ def check(config: TrainConfig, model: GPTConfig, device: torch.device) -> None:
         raise ConfigError(
             f"about {wanted / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free: "
             + _advice(config, fitting(config.sequences, config.batch_size, needed, free))
+        )
+
+
+def check_sampling(model: GPTConfig, device: torch.device, texts: int, tokens: int) -> None:
+    """Refuse to write texts that surely do not fit, before anything is allocated.
+
+    Args:
+        tokens: of each text, with its start.
+    Raises: ConfigError.
+    """
+    cache = 8 * model.n_layer * model.n_head * model.D * model.block_size  # keys, values: float32
+    wanted = texts * (DRAWN_TOKEN_BYTES * tokens + cache)
+    free, _ = device_bytes(device)
+    if TOLERANCE * wanted > free:
+        raise ConfigError(
+            f"about {wanted / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free: give a smaller "
+            "--max_new_tokens or --num_samples"
         )
 
 
