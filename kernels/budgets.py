@@ -579,6 +579,12 @@ causal_attention B4-T4096-H12-D256-bf16
   _attention_dkdv_kernel gfx942 280 0 32768 1 140.8 v_mfma
 causal_attention B4-T4096-H12-D256-fp32
   _attention_dq_kernel sm_89 255 52 57344 1 1358.5 -
+causal_attention B64-T256-H6-D40-bf16-p0.2
+  _attention_forward_kernel sm_90 208 0 40960 2 20.1 HGMMA
+causal_attention B64-T256-H6-D50-bf16-p0.2
+  _attention_forward_kernel sm_90 255 0 20480 1 27.4 HGMMA
+  _attention_dq_kernel sm_90 255 0 40960 1 24.3 HGMMA
+  _attention_dkdv_kernel sm_90 255 8 40960 1 44.7 HGMMA+HMMA
 causal_attention B64-T256-H6-D85-bf16-p0.2
   _attention_forward_kernel sm_90 255 36 40960 1 38.9 HGMMA
   _attention_dq_kernel sm_90 255 391 81920 1 35.5 HGMMA

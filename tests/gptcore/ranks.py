@@ -152,7 +152,7 @@ def watch(seen: dict) -> None:
     train_ = trainer._train
 
     def train_and_note(run):
-        if run.world.parallel == "fsdp" and hasattr(run.model, "blocks"):
+        if run.world.parallel == "fsdp" and run.config.model == "gpt":
             first, *_, last = run.model.blocks
 
             def note(module, args):
