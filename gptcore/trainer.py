@@ -52,7 +52,7 @@ from kernels.rng import SITE_EVALUATION, make_key
 # What a resumed run may not change: the weights or the held-out text would no longer be the same.
 FIXED_ON_RESUME = (
     *("model", "tokenizer", "vocab_multiple", "val_fraction"),
-    *("digits", "operations", "worked_steps", "freeze"),
+    *("digits", "operations", "worked_steps", "init_from", "freeze"),
 )
 FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
 EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
@@ -247,6 +247,7 @@ def _load(
     """
     task = task_of(config, device)
     text = task.text if task else load_data(config.data)
+    _check_applicable(settings.given, config.data, task, text)
     if isinstance(text, Prepared) and "tokenizer" not in settings.given:
         config = config.replace(tokenizer=text.vocabulary.kind)
     if not task and config.data not in NAMES:
@@ -276,6 +277,20 @@ def _load(
     )
     corpus.check_block(model_config.block_size)
     return config, model_config, corpus
+
+
+def _check_applicable(given: dict[str, Any], data: str, task: Arithmetic | None, text) -> None:
+    """Raises: ConfigError if a setting that was given says nothing about this data."""
+    steps = task is not None and set(task.operations) & set("*/")
+    held_out = task is None and getattr(text, "val", None) is None
+    for name, applies, needed in (
+        ("digits", task is not None, "--data add or arithmetic"),
+        ("operations", data == "arithmetic", "--data arithmetic"),
+        ("worked_steps", steps, "--data arithmetic with products or quotients"),
+        ("val_fraction", held_out, "a text that is not split already"),
+    ):
+        if name in given and not applies:
+            raise ConfigError(f"--{name} needs {needed}; got --data {data}; leave --{name} out")
 
 
 def _build(

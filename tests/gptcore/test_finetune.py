@@ -262,6 +262,13 @@ def test_what_is_frozen_is_fixed_on_resume(tuned):
         learn(run, "--freeze=embeddings")
 
 
+def test_where_a_run_started_is_fixed_on_resume(start, trained_run):
+    run = start("--max_iters=2")
+    learn(run)
+    with pytest.raises(ConfigError, match="init_from is None in .* cannot become"):
+        learn(run, f"--init_from={trained_run}")
+
+
 # ---- trackers --------------------------------------------------------------------------------
 
 

@@ -92,6 +92,14 @@ def test_files_are_joined_and_byte_order_marks_dropped(tmp_path, small_blocks):
     assert (len(corpus.train), len(corpus.val)) == (11, 5)
 
 
+def test_a_fraction_of_a_folder_with_val_is_refused(text, train_main, tmp_path, capsys):
+    prepare_folder([text], [text], tmp_path / "out", "char")
+    flags = [f"--data={tmp_path / 'out'}", "--val_fraction=0.2", "--device=cpu"]
+    assert train_main([*flags, f"--out_dir={tmp_path / 'run'}"]) == 2
+    assert "--val_fraction needs a text that is not split already" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", ["char", "bytes"])
 def test_a_folder_and_its_text_are_the_same_corpus(kind, text, tmp_path):
     prepare_folder([text], [], tmp_path / "out", kind)
