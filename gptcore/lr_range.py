@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptcore.config import ConfigError, RunError
 from gptcore.flags import Parser, add_training_flags, take_settings
+from gptcore.pool import terminate_as_interrupt
 
 DIVERGED = 4.0  # stop when the smoothed loss is this many times the lowest, above it
 SMOOTHING = 0.9  # of the exponential average
@@ -43,7 +44,12 @@ def lr_range(arguments) -> int:
     folder = Path(settings.given.setdefault("out_dir", str(_free_folder())))
     if folder.exists():
         raise ConfigError(f"lr_range: folder {folder} exists; give another --out_dir")
-    rates, losses = measure(settings)
+    try:
+        with terminate_as_interrupt():
+            rates, losses = measure(settings)
+    except KeyboardInterrupt:
+        print("interrupted; nothing to go on with: give the command again, with another --out_dir")
+        raise
     smooth = smoothed(losses)
     with open(folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -418,6 +418,14 @@ def test_a_range_test_that_learns_nothing(tiny_flags, tmp_path, capsys):
     assert (tmp_path / "r" / "lr_range.png").is_file()
 
 
+def test_a_range_test_that_is_terminated(tiny_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gptcore.trainer.training_step", lambda run: os.kill(os.getpid(), 15))
+    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
+    assert main(["lr_range", *flags, f"--out_dir={tmp_path / 'r'}"]) == 1
+    out, error = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("interrupted; nothing to go on with") and not error
+
+
 def test_a_range_test_that_breaks_at_once(tiny_flags, tmp_path, monkeypatch):
     import torch
 
