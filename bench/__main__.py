@@ -28,6 +28,10 @@ TASKS = {
     "predict": "step time, tokens/s and memory of a model on a GPU, term by term",
     "selfcheck": "show on this machine that the harness reports what is so",
 }
+FLAGS = {  # what these take; questions and selfcheck take all but predict's
+    "report": {"results"},
+    "predict": {"gpu", "model", "gpus", "results"},
+}
 WHOLE_MODELS = {"step", "generate", "memory", "scaling", "time_to_loss", "ablation"}
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SECONDS, QUICK_SECONDS = 300, 48  # beside which it starts, draws and writes
@@ -100,6 +104,9 @@ def _main(argv: list[str]) -> int:
     task = next((name for name in names if name in TASKS), None)
     if task is not None and len(names) > 1:
         raise ConfigError(f"{task} stands alone; got {' '.join(names)}")
+    for flag in given.keys() - {"names"}:
+        if (flag not in FLAGS[task]) if task in FLAGS else (flag in FLAGS["predict"]):
+            raise ConfigError(f"--{flag} says nothing to {' '.join(names)}; leave it out")
     if given.get("quick") and given.get("full"):
         raise ConfigError("--quick and --full exclude each other")
     for flag in ("seconds", "seeds", "gpus"):
