@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gptcore.config import ConfigError
+from gptcore.files import check_regular
 from gptcore.prepare import Prepared, open_prepared
 from gptcore.tokenizer import Tokenizer, tokenizer_for
 from kernels.rng import SITE_BATCH, make_key, random_integers
@@ -99,16 +100,19 @@ def load_text(data: str) -> Text:
 def read_text_file(path: str) -> Text:
     """The UTF-8 text of a file; a byte order mark is dropped.
 
-    Raises: ConfigError if it is missing, unreadable, empty or not UTF-8.
+    Raises: ConfigError if it is missing, unreadable, no regular file, empty or not UTF-8.
     """
     try:
+        check_regular(Path(path))
         raw = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(
             f"--data {path}: no such file; give a text file, tinyshakespeare or pydoc"
         ) from error
     except OSError as error:
-        raise ConfigError(f"--data {path}: cannot read it: {error.strerror}") from error
+        raise ConfigError(
+            f"--data {path}: cannot read it: {error.strerror}; give a text file"
+        ) from error
     if not raw:
         raise ConfigError(f"--data {path}: the file is empty; give one with text in it")
     try:

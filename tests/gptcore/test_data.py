@@ -130,6 +130,16 @@ def test_a_folder_is_no_text(tmp_path):
         load_text(str(tmp_path))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_may_never_end_is_refused(tmp_path):
+    """/dev/zero was read until the memory was full; a pipe's text is not there for --resume."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe", tmp_path / "link", "/dev/zero"):
+        with pytest.raises(ConfigError, match="cannot read it: not a regular file; give a text"):
+            load_text(str(path))
+
+
 def test_files_are_read_as_they_are_but_for_the_mark(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb\n")
