@@ -42,9 +42,10 @@ def plot_parallel(results: list[dict[str, Any]], image: Path) -> None:
                 bbox=behind,
                 zorder=4,
             )
+    placed = [_apart(heights[name]) for name in names] + [heights["validation loss"]]
     bend = (1 - np.cos(np.pi * np.linspace(0, 1, 30))) / 2
     for row, r in reversed(list(enumerate(good))):
-        points = [heights[name][row] for name in axes_values]
+        points = [column[row] for column in placed]
         pieces = list(zip(points[:-1], points[1:], strict=True))
         y = np.concatenate([a + (b - a) * bend for a, b in pieces])
         x = np.concatenate([i + np.linspace(0, 1, len(bend)) for i in range(len(pieces))])
@@ -115,6 +116,17 @@ def _axis(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
         even = np.linspace(scale(low), scale(high), 5)
         shown = [math.exp(v) if scale is math.log else float(v) for v in even]
     return [height(v) for v in values], [(height(v), _label(v)) for v in shown]
+
+
+def _apart(heights: list[float]) -> list[float]:
+    """The same heights, equal ones a little apart in their order: their lines can be followed."""
+    apart = list(heights)
+    for height in set(heights):
+        rows = [row for row, h in enumerate(heights) if h == height]
+        width = min(0.06, 0.015 * (len(rows) - 1))
+        for row, offset in zip(rows, np.linspace(-width / 2, width / 2, len(rows)), strict=True):
+            apart[row] = height + float(offset)
+    return apart
 
 
 def _label(value: Any) -> str:

@@ -22,7 +22,7 @@ from gptcore.flags import Settings, parse_settings
 from gptcore.log import read_metrics
 from gptcore.pool import Pool, Worker
 from gptcore.sweep import Plan, draw, read_results, trial_name
-from gptcore.sweep_plots import _axis
+from gptcore.sweep_plots import _apart, _axis
 from gptcore.worker import trained
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +168,13 @@ def test_a_sweep_from_end_to_end(tiny_flags, tmp_path, capsys):
     assert words[:2] == ["python", "train.py"]
     again = trained(parse_settings([*words[2:], f"--out_dir={tmp_path / 'again'}"]))
     assert again["best_val_loss"] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_lines_of_one_setting_are_told_apart():
+    heights = [0.0, 1.0, 0.0, 0.5, 0.0, 1.0]
+    apart = _apart(heights)
+    assert len(set(apart)) == 6 and apart[3] == 0.5 and apart[0] < apart[2] == 0.0 < apart[4]
+    assert all(abs(a - b) <= 0.03 for a, b in zip(apart, heights, strict=True))
 
 
 def test_resume_skips_what_is_done_and_goes_on_with_the_rest(
