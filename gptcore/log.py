@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gptcore.trainer import Evaluation, Run
 
 PLOT_EVERY_S = 60.0
+PLOTTED = 1000  # evaluations at most; more are no clearer, and the memory for them would grow
 
 
 def resume_command(run: Run) -> str:
@@ -244,11 +245,18 @@ def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
 
 
 def plot_losses(metrics: Path, image: Path) -> None:
-    """Training and validation loss against steps."""
+    """Training and validation loss against steps, at up to PLOTTED evaluations and the last."""
     from matplotlib.figure import Figure  # slow to import
 
+    count = sum(r["kind"] == "eval" for r in each_metric(metrics))
+    every = max(1, math.ceil(count / PLOTTED))
+    evaluations = enumerate(r for r in each_metric(metrics) if r["kind"] == "eval")
     names = ("step", "train_loss", "val_loss")
-    points = [[r.get(name) for name in names] for r in each_metric(metrics) if r["kind"] == "eval"]
+    points = [
+        [r.get(name) for name in names]
+        for number, r in evaluations
+        if number % every == 0 or number == count - 1
+    ]
     steps, *losses = zip(*points, strict=True) if points else ([], [], [])
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -537,3 +537,23 @@ def test_a_step_does_not_wait_for_the_gpu(prepared):
             trainer.training_step(run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_plot_holds_no_more_points_for_a_longer_run(tmp_path, monkeypatch):
+    """The first and the last among them, whatever their number."""
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(logs, "PLOTTED", 10)
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **how: drawn.append(list(x)) or plot(self, x, y, **how)
+    )
+    for count in (9, 10, 35, 101):
+        records = [
+            {"kind": "eval", "step": s, "train_loss": 1, "val_loss": 2} for s in range(count)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        logs.plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+        steps = drawn[-1]
+        assert (steps[0], steps[-1]) == (0, count - 1) and steps == sorted(set(steps))
+        assert len(steps) == count if count <= 10 else 9 <= len(steps) <= 11
