@@ -49,8 +49,8 @@ DAMAGES = (
         "causal_attention",
         "triton",
         "the scale of the logits dropped",
-        "scale = D**-0.5 if scale is None else float(scale)",
-        "scale = 1.0 if scale is None else float(scale)",
+        "scale = D**-0.5 if scale is None else scale",
+        "scale = 1.0 if scale is None else scale",
     ),
     Damage(
         "causal_attention",
