@@ -48,7 +48,7 @@ class Size:
     given: dict[str, Any]
     vocab_size: int = CORPUS_VOCABULARY
 
-    def settings(self, options: Options, out_dir: str) -> Settings:
+    def settings(self, options: Options, out_dir: str | None) -> Settings:
         """What train.py would be told."""
         dtype = str(options.dtype).removeprefix("torch.")
         return Settings(
@@ -66,7 +66,7 @@ class Size:
 
     def configs(self, options: Options) -> tuple[TrainConfig, GPTConfig]:
         """The configurations, without reading any data."""
-        train, model = self.settings(options, "").merged(options.device.type)
+        train, model = self.settings(options, None).merged(options.device.type)
         return train, GPTConfig(**model | {"vocab_size": self.vocab_size})
 
 
