@@ -1,4 +1,4 @@
-"""Package metadata: installs the import packages `kernels`, `gptcore` and `bench`."""
+"""Package metadata: installs the import packages `kernels` and `gptcore`."""
 
 from setuptools import setup
 
@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="GPT training on fused Triton kernels, proven equal to the naive model",
     license="MIT",
-    packages=["kernels", "gptcore", "bench"],
+    packages=["kernels", "gptcore"],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

@@ -124,7 +124,7 @@ def evaluate(arguments) -> int:
     """loss and accuracy on the validation split"""
     import math
 
-    from gptcore import trainer
+    from gptcore import evaluation
     from gptcore.data import Corpus, load_data
     from gptcore.log import extent_of
     from gptcore.tasks import task_of
@@ -145,9 +145,9 @@ def evaluate(arguments) -> int:
         eval_tokens=train.eval_tokens,
     )
     corpus.check_block(block_size)
-    size = max(1, trainer.EVALUATION_TOKENS // block_size)
-    batches = trainer.in_pieces(checkpoint.model, corpus.validation(size, block_size))
-    result = trainer.evaluate(model, batches)
+    size = max(1, evaluation.EVALUATION_TOKENS // block_size)
+    batches = evaluation.in_pieces(checkpoint.model, corpus.validation(size, block_size))
+    result = evaluation.evaluate(model, batches)
     bits = result.loss / math.log(2) * corpus.tokens_per_character
     print(
         f"{checkpoint.folder} on {corpus.text.source}: loss {result.loss:.4f}, "

@@ -30,7 +30,8 @@ from gptcore.trackers import open_tracker
 
 if TYPE_CHECKING:
     from gptcore.data import Corpus
-    from gptcore.trainer import Evaluation, Run
+    from gptcore.evaluation import Evaluation
+    from gptcore.trainer import Run
 
 PLOT_EVERY_S = 60.0
 PLOTTED = 1000  # evaluations at most; more are no clearer, and the memory for them would grow

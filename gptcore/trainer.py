@@ -11,7 +11,7 @@ import math
 import platform
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from gptcore.checkpoint import (
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.distributed import ALONE, Vote, World, whole
+from gptcore.evaluation import Stopped, evaluate_exactly, evaluate_splits
 from gptcore.files import replace_text
 from gptcore.flags import Settings, split_fields
 from gptcore.generation import generate
@@ -47,7 +48,6 @@ from gptcore.recovery import look, recover
 from gptcore.step import Step, pick_dtype
 from gptcore.tasks import Arithmetic, task_of
 from gptcore.trackers import check_tracker
-from kernels.rng import SITE_EVALUATION, make_key
 
 # What a resumed run may not change: the weights or the held-out text would no longer be the same.
 FIXED_ON_RESUME = (
@@ -55,8 +55,6 @@ FIXED_ON_RESUME = (
     *("digits", "operations", "worked_steps", "init_from", "freeze"),
 )
 FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
-EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
-EVALUATION_LOGITS = 1 << 28  # per forward at most, but for one sequence: 1 GB in float32
 
 
 @dataclass
@@ -93,28 +91,6 @@ class Run:
     def step(self) -> int:
         """Updates done."""
         return self.update.step
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` finds.
-
-    Attributes:
-        loss: mean, in nats.
-        accuracy: fraction of the targets guessed right.
-        exact_match: fraction of the rows without a mistake.
-        targets, rows: how many counted.
-    """
-
-    loss: float
-    accuracy: float
-    exact_match: float
-    targets: int
-    rows: int
-
-
-class Stopped(Exception):
-    """An evaluation was given up because the run is to save and leave."""
 
 
 # ---- preparing -------------------------------------------------------------------------------
@@ -379,106 +355,12 @@ def _make_folder(config: TrainConfig, preset: str) -> Path:
     raise ConfigError("runs/ is full; give --out_dir")
 
 
-# ---- one step, one evaluation ----------------------------------------------------------------
+# ---- one step --------------------------------------------------------------------------------
 
 
 def training_step(run: Run) -> torch.Tensor:
     """One update; returns the mean loss before it, on the device."""
     return run.update()
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    world: World = ALONE,
-) -> Evaluation:
-    """Mean loss and accuracy over all targets of `batches`; targets of -100 do not count.
-
-    The processes of `world` share the batches; each gets the result.
-    """
-    training = model.training
-    model.eval()
-    sums = None
-    try:
-        for (idx, targets), counts in world.shard(batches):
-            logits, loss = model(idx, targets)
-            if sums is None:
-                sums = torch.zeros(5, dtype=torch.float64, device=loss.device)
-            if not counts:
-                continue
-            counted = targets != -100
-            tokens = counted.sum()
-            wrong = (logits.argmax(-1) != targets) & counted
-            right = tokens - wrong.sum(), (~wrong.any(1)).sum()  # targets, rows
-            sums[:4] += torch.stack((loss.double() * tokens, tokens, *right))
-            sums[4] += len(targets)
-    finally:
-        model.train(training)
-    loss_sum, tokens, tokens_right, rows_right, rows = world.sum(sums).tolist()
-    means = loss_sum / tokens, tokens_right / tokens, rows_right / rows
-    return Evaluation(*means, int(tokens), int(rows))
-
-
-def in_pieces(
-    model: GPTConfig, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches, cut between rows into such as EVALUATION_LOGITS allows."""
-    rows = max(1, EVALUATION_LOGITS // (model.block_size * model.vocab_size))
-    for idx, targets in batches:
-        yield from zip(idx.split(rows), targets.split(rows), strict=True)
-
-
-def evaluate_exactly(run: Run) -> Evaluation:
-    """The validation split, each token once; of a longer one than --eval_tokens a part."""
-    batches = in_pieces(run.model.config, _validation(run))
-    return evaluate(run.update.compute, batches, run.world)
-
-
-def evaluate_splits(run: Run) -> tuple[Evaluation, Evaluation]:
-    """(training, validation) as --eval_mode says.
-
-    Raises: Stopped if a signal comes meanwhile.
-    """
-    config, block_size = run.config, run.model.config.block_size
-    if config.eval_mode == "exact":
-        sample = run.corpus.training_sample(config.eval_iters, config.batch_size, block_size)
-        splits = sample, _validation(run)
-    else:
-        splits = _sampled(run, "train", 0), _sampled(run, "val", 1)
-    training, validation = (
-        evaluate(
-            run.update.compute,
-            _until_stopped(run, in_pieces(run.model.config, batches)),
-            run.world,
-        )
-        for batches in splits
-    )
-    return training, validation
-
-
-def _validation(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    block_size = run.model.config.block_size
-    size = max(run.config.batch_size, EVALUATION_TOKENS // block_size)
-    return run.corpus.validation(size, block_size)
-
-
-def _until_stopped(run: Run, batches: Iterable) -> Iterator:
-    for batch in batches:
-        if run.asked_to_stop():
-            raise Stopped
-        yield batch
-
-
-def _sampled(run: Run, split: str, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """eval_iters random batches, as the notebook estimates a loss."""
-    config, block_size = run.config, run.model.config.block_size
-    for batch in range(config.eval_iters):
-        row = (first * config.eval_iters + batch) * config.batch_size
-        key = make_key(config.seed, run.step, row, run.device)
-        yield run.corpus.batch(
-            key, config.batch_size, block_size, split=split, site=SITE_EVALUATION
-        )
 
 
 # ---- the loop --------------------------------------------------------------------------------

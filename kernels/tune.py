@@ -152,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.seconds > 0:
         parser.error(f"--seconds must be above 0; got {options.seconds:g}")
+    if not 0 <= options.dropout < 1:
+        parser.error(f"--dropout must be in [0, 1); got {options.dropout:g}")
     if not (torch.cuda.is_available() and backend.HAS_TRITON):
         print("tune: needs a CUDA or ROCm GPU and triton; found none", file=sys.stderr)
         return 2

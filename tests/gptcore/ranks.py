@@ -29,7 +29,7 @@ import torch.distributed.fsdp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from gptcore import checkpoint, distributed, log, machine, model, step, trainer
+from gptcore import checkpoint, distributed, evaluation, log, machine, model, step, trainer
 from gptcore.config import ConfigError
 from kernels import attention_eager, layer_norm, rng
 
@@ -38,7 +38,7 @@ DEADLINE_S = 300  # generous: the machine may be shared
 
 def main(path: str) -> None:
     """Run the scenarios one after the other."""
-    trainer.EVALUATION_TOKENS = 64  # several batches even of a small text
+    evaluation.EVALUATION_TOKENS = 64  # several batches even of a small text
     machine.matmul_rate = lambda device, dtype: 1e10  # takes longer than these runs
     log.plot_losses = lambda metrics, image: None
     for scenario in json.loads(Path(path).read_text()):
@@ -274,8 +274,8 @@ def shard_dropped():
 @damaged
 def evaluation_not_summed():
     """Every rank believes its own part of the evaluation."""
-    real = trainer.evaluate
-    trainer.evaluate = lambda model, batches, world: real(
+    real = evaluation.evaluate
+    evaluation.evaluate = lambda model, batches, world: real(
         model, (batch for batch, counts in world.shard(batches) if counts)
     )
 

@@ -6,10 +6,11 @@ import torch
 from gptcore import tasks
 from gptcore.__main__ import main
 from gptcore.config import ConfigError, TrainConfig
+from gptcore.evaluation import evaluate
 from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
 from gptcore.tasks import IGNORED, Arithmetic, task_of
-from gptcore.trainer import evaluate, prepare, train
+from gptcore.trainer import prepare, train
 from kernels.rng import make_key
 
 ALL = "+-*/"

@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from gptcore import checkpoint, machine, trainer
+from gptcore import checkpoint, evaluation, machine, trainer
 from gptcore import log as logs
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.data import BatchStream
+from gptcore.evaluation import Evaluation, evaluate, evaluate_exactly
 from gptcore.flags import parse_settings
 from gptcore.guard import Guard
 from gptcore.log import Log, read_metrics
 from gptcore.optim import learning_rate, parameter_groups
-from gptcore.trainer import Evaluation, evaluate, evaluate_exactly, prepare, training_step
+from gptcore.trainer import prepare, training_step
 
 
 def weights_of(folder, name="last"):
@@ -167,23 +168,23 @@ def test_ignored_targets_do_not_count(prepared):
 
 def test_sampled_evaluation_is_repeatable_and_near(prepared):
     run = prepared("--eval_mode=sampled", "--eval_iters=40")
-    first, second = trainer.evaluate_splits(run), trainer.evaluate_splits(run)
+    first, second = evaluation.evaluate_splits(run), evaluation.evaluate_splits(run)
     assert first == second
     assert first[1].loss == pytest.approx(evaluate_exactly(run).loss, rel=0.05)
     run.update.step = 1
-    assert trainer.evaluate_splits(run) != first
+    assert evaluation.evaluate_splits(run) != first
 
 
 @pytest.mark.parametrize("mode", ["exact", "sampled"])
 def test_logits_of_an_evaluation_are_bounded(prepared, monkeypatch, mode):
     """Three sequences at a time give what sixteen and more do."""
     run = prepared(f"--eval_mode={mode}")
-    expected = *trainer.evaluate_splits(run), evaluate_exactly(run)
+    expected = *evaluation.evaluate_splits(run), evaluate_exactly(run)
     elements = []
     run.model.register_forward_hook(lambda *args: elements.append(args[-1][0].numel()))
     sequence = run.model.config.block_size * run.model.config.vocab_size
-    monkeypatch.setattr(trainer, "EVALUATION_LOGITS", 3 * sequence + 1)
-    found = *trainer.evaluate_splits(run), evaluate_exactly(run)
+    monkeypatch.setattr(evaluation, "EVALUATION_LOGITS", 3 * sequence + 1)
+    found = *evaluation.evaluate_splits(run), evaluate_exactly(run)
     assert max(elements) == 3 * sequence
     for a, b in zip(found, expected, strict=True):
         assert dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), rel=1e-6)
@@ -194,7 +195,7 @@ def test_what_is_evaluated_at_once():
     batch = torch.zeros(2, 12, 1024, dtype=torch.int64).unbind()
     for vocab_size, rows in ((65, [12]), (50_304, [5, 5, 2]), (2**20, [1] * 12)):
         config = GPTConfig(vocab_size=vocab_size, block_size=1024)
-        pieces = list(trainer.in_pieces(config, [batch]))
+        pieces = list(evaluation.in_pieces(config, [batch]))
         assert [len(idx) for idx, _ in pieces] == [len(targets) for _, targets in pieces] == rows
 
 

@@ -94,7 +94,13 @@ def test_without_a_limit_every_candidate_is_tried(gpu, capsys):
     assert len(gpu) == 9 * 66 and capsys.readouterr().err.count("66 of 66 candidates tried") == 9
 
 
-@pytest.mark.parametrize("flags", [["--seconds", "0"], ["--seconds", "nan"], ["--head_size", "85"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--seconds", "0"], ["--seconds", "nan"], ["--head_size", "85"]),
+        *(["--dropout", "1"], ["--dropout", "-0.1"], ["--dropout", "nan"]),
+    ],
+)
 def test_bad_input_is_one_line_and_2(flags, gpu, capsys):
     with pytest.raises(SystemExit, match="2"):
         tune.main(flags)
