@@ -54,7 +54,7 @@ def _eager_cross_entropy(op, logits, targets, ignore_index, reduction):
 
 def _check_range(op, targets, V, ignore_index):
     """Raises: ValueError if a target is no class; on a CPU only, because it looks at the values."""
-    if torch.compiler.is_compiling() or not targets.is_cpu:
+    if torch.compiler.is_compiling() or not (targets.is_cpu and has_storage(targets)):
         return
     wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
     if wrong.numel():
