@@ -28,11 +28,14 @@ TASKS = {
     "predict": "step time, tokens/s and memory of a model on a GPU, term by term",
     "selfcheck": "show on this machine that the harness reports what is so",
 }
-FLAGS = {  # what these take; questions and selfcheck take all but predict's
-    "report": {"results"},
-    "predict": {"gpu", "model", "gpus", "results"},
-}
 WHOLE_MODELS = {"step", "generate", "memory", "scaling", "time_to_loss", "ablation"}
+FLAGS = {  # what these say something to; the others, to all questions and selfcheck
+    **dict.fromkeys(("gpu", "model", "gpus"), {"predict"}),
+    **dict.fromkeys(("preset", "seeds"), {"time_to_loss", "ablation"}),
+    "results": {"report", "predict"},
+    "target": {"time_to_loss"},
+    "data": WHOLE_MODELS - {"generate"},
+}
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SECONDS, QUICK_SECONDS = 300, 48  # beside which it starts, draws and writes
 
@@ -67,11 +70,11 @@ def _parser() -> Parser:
     add("--plot", metavar="DIR", help="write plots")
     add("--peers", nargs="+", metavar="P", help="all, none, or some; an unknown one lists them")
     add("--nanogpt", metavar="DIR", help="a checkout of nanoGPT, to compete with")
+    add("--data", metavar="TEXT", help="of the questions that train, as train.py's [auto]")
     group = parser.add_argument_group("time_to_loss, ablation")
     group.add_argument("--preset", metavar="P", help="recipe [speedrun; on a CPU speedrun-cpu]")
-    group.add_argument("--target", type=float, metavar="L", help="exact validation loss to reach")
+    group.add_argument("--target", type=float, metavar="L", help="exact loss, time_to_loss only")
     group.add_argument("--seeds", type=int, metavar="N", help="runs [1]")
-    group.add_argument("--data", metavar="TEXT", help="as train.py's [auto]")
     group = parser.add_argument_group("predict")
     group.add_argument("--gpu", metavar="G", help="h100, h200, a100, b200, mi300x, ... [h100]")
     group.add_argument("--model", metavar="M", help="a preset of train.py [gpt2-124m]")
@@ -104,8 +107,14 @@ def _main(argv: list[str]) -> int:
     task = next((name for name in names if name in TASKS), None)
     if task is not None and len(names) > 1:
         raise ConfigError(f"{task} stands alone; got {' '.join(names)}")
+    chosen = list(dict.fromkeys(names))
+    if "all" in names:
+        left_out = BY_NAME_ONLY | (WHOLE_MODELS if given.get("dtype") == "float16" else set())
+        if given.get("quick"):
+            left_out = left_out | {"time_to_loss"}  # one run takes longer than all the rest
+        chosen = [name for name in QUESTIONS if name not in left_out]
     for flag in given.keys() - {"names"}:
-        if (flag not in FLAGS[task]) if task in FLAGS else (flag in FLAGS["predict"]):
+        if not FLAGS.get(flag, {*QUESTIONS, "selfcheck"}).intersection(chosen):
             raise ConfigError(f"--{flag} says nothing to {' '.join(names)}; leave it out")
     if given.get("quick") and given.get("full"):
         raise ConfigError("--quick and --full exclude each other")
@@ -130,12 +139,6 @@ def _main(argv: list[str]) -> int:
             gpus=given.get("gpus", 1),
             results=_folder("--results", given.get("results", str(_results()))),
         )
-    chosen = list(dict.fromkeys(names))
-    if "all" in names:
-        left_out = BY_NAME_ONLY | (WHOLE_MODELS if given.get("dtype") == "float16" else set())
-        if given.get("quick"):
-            left_out = left_out | {"time_to_loss"}  # one run takes longer than all the rest
-        chosen = [name for name in QUESTIONS if name not in left_out]
     if "plot" in given:
         _folder("--plot", given["plot"])
     nanogpt = _folder("--nanogpt", given["nanogpt"], "model.py") if "nanogpt" in given else None

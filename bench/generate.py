@@ -16,10 +16,10 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from bench import models
 from bench.harness import OURS, Case, Check, Contestant, Options, Work
-from bench.work import matrix_weights, parameters
 from gptcore.config import GPTConfig
 from gptcore.flags import split_fields
 from gptcore.presets import PRESETS
@@ -65,8 +65,10 @@ def cases(options: Options) -> list[Case]:
 def _case(B: int, new: int, options: Options, **rest) -> Case:
     fields = split_fields(PRESETS["nanogpt-char"])[1]
     config = GPTConfig(**{**fields, **models.NANOGPT_WIRING, "dropout": 0.0})
-    weights = parameters(config) * options.dtype.itemsize
-    work = Work(2 * matrix_weights(config) * B * (new + PROMPT), weights * new, B * new)
+    model = models.meta(config)
+    weights = model.num_parameters() * options.dtype.itemsize
+    multiplied = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    work = Work(2 * multiplied * B * (new + PROMPT), weights * new, B * new)
     return Case(
         name=f"B{B} N{new}",
         shape={"B": B, "N": new, "kind": "greedy"},

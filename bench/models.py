@@ -71,6 +71,12 @@ _ACTIVATIONS = {
 }
 
 
+def meta(config: GPTConfig) -> GPT:
+    """The model, without memory."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 def batched(source: GPT) -> BatchedGPT:
     """A BatchedGPT with the weights of `source`."""
     with torch.device(source.lm_head.weight.device):

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from bench import models, render
 from bench import record as recording
-from bench import render
 from gptcore import memory
 from gptcore.config import ConfigError, GPTConfig, TrainConfig
 from gptcore.flags import split_fields
@@ -92,12 +92,6 @@ def measured_machine(record, question: str, dtype: str) -> Machine:
     )
 
 
-def meta(config: GPTConfig) -> GPT:
-    """The model, without memory."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
 def dropped_elements(config: GPTConfig, sequences: int) -> float:
     """Mask elements of a step, attention's causal half; drawn again in the backward pass."""
     if not config.dropout:
@@ -144,9 +138,11 @@ def all_reduce(weights: int, gpus: int, link: float) -> float:
 def fused_cases(config: GPTConfig, B: int, T: int, gpu: GPU) -> list[tuple[str, int, Case]]:
     """(kind, how many in a micro-batch, case) of the model's fused ops."""
     H, D, C, V = config.n_head, config.D, config.n_embd, config.vocab_size
-    rows, p = B * T, config.dropout
+    rows, p, heads = B * T, config.dropout, {"B": B, "T": T, "H": H, "D": D}
+    rotations = config.n_layer * (config.position == "rotary")
     wanted = (
-        (ATTENTION, config.n_layer, "causal_attention", {"B": B, "T": T, "H": H, "D": D}, p),
+        (ATTENTION, config.n_layer, "causal_attention", heads, p),
+        (OTHER, rotations, "rotary_qkv", heads, 0.0),
         (OTHER, 1, "embed", {"B": B, "T": T, "C": C, "V": V}, p * config.embedding_dropout),
         (OTHER, 1, "layer_norm", {"M": rows, "C": C}, 0.0),
         (OTHER, 2 * config.n_layer, "dropout_add_layer_norm", {"M": rows, "C": C}, p),
@@ -155,6 +151,8 @@ def fused_cases(config: GPTConfig, B: int, T: int, gpu: GPU) -> list[tuple[str, 
     )
     found = []
     for kind, times, op, sizes, dropout_p in wanted:
+        if not times:
+            continue
         words = [*(f"{letter}{size}" for letter, size in sizes.items()), "bf16"]
         words += [f"p{dropout_p:g}"] if dropout_p else []
         words += [config.activation] if op == "linear_act" else []
@@ -204,9 +202,9 @@ def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
     names = {name.lower(): name for name in GPUS}
     if gpu.lower() not in names:
         raise ConfigError(f"unknown gpu {gpu!r}; known: {', '.join(names)}")
-    models = [name for name, given in PRESETS.items() if given.get("model", "gpt") == "gpt"]
-    if model not in models:
-        raise ConfigError(f"unknown model {model!r}; known: {', '.join(models)}")
+    known = [name for name, given in PRESETS.items() if given.get("model", "gpt") == "gpt"]
+    if model not in known:
+        raise ConfigError(f"unknown model {model!r}; known: {', '.join(known)}")
     chosen = GPUS[names[gpu.lower()]]
     train, config = preset(model)
     # GPUs share the step's sequences: first the micro-batches, then the sequences of one.
@@ -216,7 +214,7 @@ def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
         gradient_accumulation_steps=train.gradient_accumulation_steps // shared,
     )
     B, micro_batches = train.batch_size, train.gradient_accumulation_steps
-    T, machine, built = config.block_size, machine_of(chosen), meta(config)
+    T, machine, built = config.block_size, machine_of(chosen), models.meta(config)
     parameters = built.num_parameters()
     kernels, remark = static_kernels(config, B, T, chosen)
     found = terms(built, train, machine, kernels)
@@ -293,7 +291,7 @@ def validation(results: Path) -> list[tuple[str, str, float, float]]:
                 if ours is None:
                     continue
                 machine = measured_machine(record, question, case["dtype"])
-                model = meta(GPTConfig(**case["config"]))
+                model = models.meta(GPTConfig(**case["config"]))
                 train = TrainConfig(batch_size=case["shape"]["B"])
                 predicted = 1e3 * sum(terms(model, train, machine).values())
                 found.append((machine.name, case["case"], predicted, ours["median_ms"]))

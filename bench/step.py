@@ -29,13 +29,14 @@ from torch import nn
 from bench import models, peers
 from bench.harness import OURS, Case, Check, Contestant, Options, Work, check_tensors
 from bench.timing import SelfTimed
-from bench.work import ADAMW_BYTES, parameters, step_flops
 from bench.worker import worker_of
 from gptcore.config import GPTConfig, TrainConfig
 from gptcore.flags import Settings
+from gptcore.trainer import flops_per_step
 from kernels.rng import make_key
 
 CORPUS_VOCABULARY = 65
+ADAMW_BYTES = 28  # a parameter: read it, its gradient and both moments, write all but the gradient
 PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", "nanogpt", "nanogpt-compile")
 
 
@@ -208,7 +209,8 @@ def sizes(options: Options) -> list[tuple[Size, dict[str, Any]]]:
 def step_case(size: Size, options: Options, *, only: tuple[str, ...] | None = None, **rest) -> Case:
     """The case of one size; `only` these peers may compete."""
     train, config = size.configs(options)
-    B, T = train.sequences, config.block_size
+    B, T, model = train.sequences, config.block_size, models.meta(config)
+    work = Work(flops_per_step(model, B), ADAMW_BYTES * model.num_parameters(), B * T)
     shape = {
         "B": B,
         "T": T,
@@ -222,7 +224,7 @@ def step_case(size: Size, options: Options, *, only: tuple[str, ...] | None = No
         name=f"{size.name} B{B}-T{T}-L{config.n_layer}-H{config.n_head}-C{config.n_embd}",
         shape=shape | rest.pop("shape", {}),
         dtype=str(options.dtype).removeprefix("torch."),
-        work=Work(step_flops(config, B, T), ADAMW_BYTES * parameters(config), B * T),
+        work=work,
         unit="tokens/s",
         open=functools.partial(_open, size, options, only),
         contestants=(OURS, *(only or PEERS)),

@@ -105,7 +105,8 @@ def work_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> dict[s
 
     In tensors of tokens x channels: attention 4 forward and 8 backward; dropout+add+LayerNorm,
     twice a layer, 4 and 5; the activation, four wide, 3 backward (forward it ends a product);
-    embedding and first LayerNorm 7. Each logit and its gradient once. AdamW moves 28 bytes a
+    embedding and first LayerNorm 7; rotation 6 and 6, normalised first 9 backward. Token shift,
+    once a model, is left out. Each logit and its gradient once. AdamW moves 28 bytes a
     parameter, SGD with momentum 20, the norm of the gradient 4, a bfloat16 copy 12.
     """
     shape, size = model.config, dtype.itemsize
@@ -117,7 +118,8 @@ def work_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> dict[s
     products = 3 * size * (tokens * ends + config.gradient_accumulation_steps * weights)
     layers = shape.n_layer if config.model in ("gpt", "naive") else 0
     heads = layers * shape.n_head * shape.D
-    numbers = tokens * ((30 * layers + 7) * C + 2 * shape.vocab_size)
+    rotation = (15 if shape.qk_norm else 12) * heads * (shape.position == "rotary")
+    numbers = tokens * ((30 * layers + 7) * C + rotation + 2 * shape.vocab_size)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     update = parameters * (
         (28 if config.optimizer == "adamw" else 20) + 4 + 12 * (dtype != torch.float32)
