@@ -19,7 +19,7 @@ setup(
         "tomli; python_version < '3.11'",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "ruff", "transformers>=5"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "ruff", "transformers>=5"],
         "bpe": ["tiktoken"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

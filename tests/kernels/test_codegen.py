@@ -423,7 +423,7 @@ def test_interpreted_kernels_are_refused():
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["--op", "layer_norm", "--arch", "sm_90"], id="layer_norm-sm_90"),
+        pytest.param(["--op", "rotary_qkv", "--arch", "sm_90"], id="rotary_qkv-sm_90"),
         pytest.param([], id="all", marks=pytest.mark.slow),
     ],
 )
