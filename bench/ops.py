@@ -27,6 +27,7 @@ from bench.harness import (
     timed_call,
 )
 from bench.peers import COMPILE_MODES, compiled
+from kernels.checks import Measured, draws_of
 from kernels.rng import dropout_keep_mask, dropout_scale, make_key
 
 FORWARD, TRAINING = "forward", "forward+backward"
@@ -78,9 +79,9 @@ def op_case(op: Op, options: Options, name: str, phase: str, work: Work, unit: s
 class _Bench:
     """One opened op: inputs, gradients and what is right."""
 
-    def __init__(self, op: Op, options: Options, phase: str):
-        self.op, self.phase = op, phase
-        generator = torch.Generator(options.device).manual_seed(SEED)
+    def __init__(self, op: Op, options: Options, phase: str, seed: int = SEED):
+        self.op, self.options, self.phase = op, options, phase
+        generator = torch.Generator(options.device).manual_seed(seed)
         self.inputs = op.inputs(generator)
         for tensor in self.inputs.values():
             tensor.requires_grad_(phase == TRAINING and tensor.is_floating_point())
@@ -120,13 +121,20 @@ class _Bench:
             return {}
         return {n: t for n, t in inputs.items() if t.is_floating_point()}
 
+    def measured(self, outputs: Callable[[Tensors, float], Any], p: float) -> Measured:
+        """Results of `outputs`, and what is expected."""
+        actual = named_results(self.bind(outputs, p), self.gradients)
+        return {name: self.op.part(x) for name, x in actual.items()}, *self.expected(p)
+
     def check(self, outputs: Callable[[Tensors, float], Any], ps: set[float], ours: bool) -> Check:
         """Hold results at every p of `ps` against the formula."""
         checks = []
         for p in sorted(ps):
-            actual = named_results(self.bind(outputs, p), self.gradients)
-            actual = {name: self.op.part(tensor) for name, tensor in actual.items()}
-            checks.append(check_tensors(actual, *self.expected(p), ours=ours))
+            others = (
+                _Bench(self.op, self.options, self.phase, SEED + i).measured(outputs, p)
+                for i in range(1, draws_of(self.inputs))
+            )
+            checks.append(check_tensors(*self.measured(outputs, p), ours=ours, others=others))
         failed = [check for check in checks if not check.passed]
         return failed[0] if failed else checks[-1]
 

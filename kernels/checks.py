@@ -31,7 +31,6 @@ from kernels.problems import (
 from kernels.verify import Comparison, compare
 
 OPS = (*SHAPES, "dropout_keep_mask")
-DRAWS, FEW_DRAWS = 16, 4  # of a problem that breaks the 2x rule at first, and of a LARGE one
 LARGE = 1 << 20  # elements of an input
 LUCK = 4.0  # times the allowed error: no draw is that unlucky, so nothing is drawn again
 
@@ -145,6 +144,11 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------- checks
+
+
+def draws_of(inputs: Tensors) -> int:
+    """How many draws `hold_rule` is to have of a problem that breaks the rule at first."""
+    return 16 if max(tensor.numel() for tensor in inputs.values()) < LARGE else 4
 
 
 def hold_rule(first: Measured, others: Iterable[Measured] = ()) -> tuple[Comparison, ...]:
@@ -431,8 +435,7 @@ def _check_kernel_op(op: str, settings: Settings, backend: str, dtype: str) -> I
             return build_problem(op, name, dtype, settings.device, seed)
 
         problem = draw(settings.seed)
-        largest = max(tensor.numel() for tensor in problem.inputs.values())
-        seeds = [f"{settings.seed} {i}" for i in range(1, DRAWS if largest < LARGE else FEW_DRAWS)]
+        seeds = [f"{settings.seed} {i}" for i in range(1, draws_of(problem.inputs))]
         thorough = settings.full or compiled or number == 0
         redraws = functools.partial(map, draw, seeds)
         yield from _guarded(about, check_problem(problem, backend, thorough, redraws))

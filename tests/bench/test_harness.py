@@ -275,6 +275,31 @@ def test_dropout_masks_of_ours_are_checked():
     assert run_op(Op(inputs, plain_add, other_mask, {}, 0.5))[OURS]["status"] == "failed"
 
 
+def test_a_breach_on_one_draw_is_held_over_more_of_them():
+    drawn = []
+
+    def inputs(generator):
+        drawn.append(generator.initial_seed())
+        return {"x": torch.ones(64)}
+
+    def plain(x, p, key):  # float64 is exact; the first draw is a lucky one
+        rounding = 1e-5 if len(drawn) == 1 else 1e-4
+        return x["x"] + rounding * (x["x"].dtype == torch.float32)
+
+    def ours(factor):
+        return lambda x, p, key: x["x"] + factor * (plain(x, p, key) - x["x"])
+
+    assert run_op(Op(inputs, plain, ours(1), {}), FORWARD)[OURS]["status"] == "timed"
+    assert drawn == [1337]
+    drawn.clear()
+    unlucky = lambda x, p, key: x["x"] + 3e-5  # noqa: E731
+    assert run_op(Op(inputs, plain, unlucky, {}), FORWARD)[OURS]["status"] == "timed"
+    assert drawn == [*range(1337, 1337 + 16)]
+    drawn.clear()
+    assert run_op(Op(inputs, plain, ours(3), {}), FORWARD)[OURS]["status"] == "failed"
+    assert len(drawn) == 16
+
+
 def test_a_peer_with_its_own_weights_is_compared_where_names_agree():
     exact = {"o0": torch.ones(20, dtype=torch.float64), "dw": torch.ones(3, dtype=torch.float64)}
     plain = {name: tensor.float() for name, tensor in exact.items()}
