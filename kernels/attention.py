@@ -76,18 +76,12 @@ def _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site):
     return attention_eager.SmallAttention.apply(qkv, angles, normalize, scale, factor)
 
 
-# SDPA's backward subtracts rowsum(do * o) where the equation has rowsum(P * dp). The two round
-# alike, and leave nothing where the sums have few terms: below so many queries its gradients of
-# queries and keys break the 2x rule.
-_FLASH_QUERIES = 32
-
-
 def _flash(q, k, v, scale, dropout_p):
     """SDPA where it serves, which draws no dropout in blocks; None elsewhere."""
     Tq, Tk = q.shape[2], k.shape[2]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     # Its backward adds in any order on a GPU, and in half precision on a CPU.
-    exact = q.is_cpu and q.element_size() >= 4 and Tq >= _FLASH_QUERIES
+    exact = q.is_cpu and q.element_size() >= 4 and Tq > attention_eager.EARLY_KEYS
     if dropout_p or (trains and not exact):
         return None
     if trains:
@@ -95,19 +89,13 @@ def _flash(q, k, v, scale, dropout_p):
         # probabilities then miss the sum they are divided by, and gradients break the 2x rule.
         # Multiplied into q, the scale is rounded once.
         q, scale = q * scale, 1.0
-        if Tq == Tk and q.requires_grad and not _traced():
-            q.register_hook(_without_first_query)
+        if not _traced():
+            return attention_eager.FlashAttention.apply(q, k, v)
     mask = None
     if 1 < Tq < Tk:  # SDPA's is_causal aligns top-left
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     causal = 1 < Tq == Tk
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-
-
-def _without_first_query(dq):
-    """The gradient of queries whose first sees one key: its P is 1 whatever q is."""
-    dq[:, :, 0].zero_()
-    return dq
 
 
 # The two forms of the op. What a forward saves, lse or the packed mask, only its backend reads.

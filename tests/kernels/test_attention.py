@@ -166,7 +166,7 @@ def test_2x_rule_packed(backend, dropout_p, device):
 def test_eager_blocks(elements, dropout_p, device, monkeypatch):
     """Every way of cutting planes and queries, one plane at a time included."""
     monkeypatch.setattr(attention, "_SMALL", 0)
-    monkeypatch.setattr(attention, "_FLASH_QUERIES", 99)
+    monkeypatch.setattr(attention_eager, "EARLY_KEYS", 99)
     if elements:
         monkeypatch.setattr(attention_eager, "_BLOCK_QUERIES", 16)
         monkeypatch.setattr(attention_eager, "BLOCK_ELEMENTS", elements)
@@ -177,24 +177,34 @@ def test_eager_blocks(elements, dropout_p, device, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [None, -0.3])
-@pytest.mark.parametrize("Tq, Tk, D", [(70, 70, 85), (64, 64, 64), (33, 97, 24)])
+@pytest.mark.parametrize("Tq, Tk, D", [(70, 70, 85), (64, 64, 64), (33, 97, 24), (40, 45, 24)])
 @pytest.mark.parametrize("function", [causal_attention, packed], ids=["split", "packed"])
 def test_eager_training_by_flash(function, Tq, Tk, D, scale, monkeypatch):
     """Probabilities of all sizes, where the scale must be rounded once."""
     monkeypatch.setattr(attention, "_SMALL", 0)
-    calls, sdpa = [], attention.F.scaled_dot_product_attention
+    calls, flash = [], attention_eager.FlashAttention.apply
 
-    def counted(*args, **options):
-        calls.append(options["scale"])
-        return sdpa(*args, **options)
+    def counted(*args):
+        calls.append(args)
+        return flash(*args)
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(attention_eager.FlashAttention, "apply", counted)
     shape = 4, 2, Tq, Tq if function is packed else Tk, D
     check_shape(shape, "cpu", function=function, scale=scale, backend="eager", logits=4)
-    assert set(calls) == {1.0}
+    assert calls
     *tensors, do = draw(shape, "cpu")
     dq = gradients_of(lambda *x: function(*x, scale=scale), tensors, do)["dq"]
     assert (not dq[:, :, 0].any()) == (Tq == shape[3])
+
+
+@pytest.mark.parametrize("D, seed", [(85, 13), (128, 6)])
+def test_queries_that_see_few_keys_train_exactly(D, seed):
+    """With the first query alone made anew, the worst of dq has 2.2 times the plain error."""
+    q, k, v, do = draw((4, 6, 256, 256, D), "cpu", seed=seed)
+    assert q.shape[:2].numel() * 256 * 256 > attention._SMALL
+    actual, in_dtype, exact = measure([q, k, v], do)
+    fused, plain = ((x["dq"] - exact["dq"]).abs().max() for x in (actual, in_dtype))
+    assert fused < 2 * plain
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.2, 0.5])
