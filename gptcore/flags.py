@@ -15,7 +15,6 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gptcore.config import (
@@ -30,6 +29,7 @@ from gptcore.config import (
 from gptcore.presets import PRESETS
 
 OWN_ERROR_S = 5.0  # a rank above 0 waits so long before it takes an error for its own
+TOML_CHARACTERS = 1 << 20  # of a settings file at most: a device has no end
 
 
 def _model_fields() -> tuple[dataclasses.Field, ...]:
@@ -207,7 +207,8 @@ def read_toml(path: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            raw = tomllib.loads(file.read(TOML_CHARACTERS))
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError

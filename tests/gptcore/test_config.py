@@ -1,6 +1,7 @@
 """Settings: defaults < preset < TOML < flags; what is wrong is said in one line."""
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -127,6 +128,11 @@ def test_model_names_are_those_that_can_be_built():
         (["--schedule=cosin"], "got 'cosin'; did you mean cosine?"),
         (["--model=gtp"], "got 'gtp'; did you mean gpt?"),
         (["--activation=tanh"], "activation must be one of relu, gelu, "),
+        pytest.param(
+            ["--config=/dev/zero"],
+            "--config /dev/zero is not TOML",
+            marks=pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero"),
+        ),
         (["--config=/nowhere/x.toml"], "cannot read --config /nowhere/x.toml: No such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
