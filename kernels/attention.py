@@ -80,8 +80,9 @@ def _flash(q, k, v, scale, dropout_p):
     """SDPA where it serves, which draws no dropout in blocks; None elsewhere."""
     Tq, Tk = q.shape[2], k.shape[2]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    # Its backward adds in any order on a GPU, and in half precision on a CPU.
-    exact = q.is_cpu and q.element_size() >= 4 and Tq > attention_eager.EARLY_KEYS
+    # Its backward adds in any order on a GPU, and in half precision on a CPU. Of few queries most
+    # gradients would be made twice, and traced ones, which are not, break the 2x rule.
+    exact = q.is_cpu and q.element_size() >= 4 and Tq > 2 * attention_eager.EARLY_KEYS
     if dropout_p or (trains and not exact):
         return None
     if trains:

@@ -197,6 +197,13 @@ def test_eager_training_by_flash(function, Tq, Tk, D, scale, monkeypatch):
     assert (not dq[:, :, 0].any()) == (Tq == shape[3])
 
 
+def test_few_queries_do_not_train_by_flash():
+    """Compiled ones neither, whose early gradients are SDPA's."""
+    for T, taken in ((32, False), (33, True)):
+        q, k, v, _ = (x.requires_grad_() for x in draw((1, 1, T, T, 8), "cpu"))
+        assert (attention._flash(q, k, v, 1.0, 0.0) is not None) == taken
+
+
 @pytest.mark.parametrize("D, seed", [(85, 13), (128, 6)])
 def test_queries_that_see_few_keys_train_exactly(D, seed):
     """With the first query alone made anew, the worst of dq has 2.2 times the plain error."""
