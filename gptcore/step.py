@@ -9,6 +9,7 @@ In bfloat16 the optimizer holds float32 master weights; a bfloat16 copy of the m
 gradients of micro-batches add up in float32.
 """
 
+import contextlib
 import copy
 import functools
 import time
@@ -119,7 +120,9 @@ class Step:
         if hasattr(corpus, "train") and corpus.train.device.type == "cpu":
             self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.eager_reason = eager_reason(config, model.config, device, dtype, world)
+        halves = {id(m): h for m, h in self.half.pairs} if self.half else {}
+        self.computing = [halves.get(id(p), p) for p in self.parameters]  # in `dtype`
+        self.eager_reason = eager_reason(config, model.config, device, world)
         self.warm_ups = 1 if self.eager_reason else _WARM_UPS
         self.guard = Guard(optimizer, device, step)
         self.updates, self.graph, self.loss, self.replay = 0, None, None, None
@@ -239,20 +242,29 @@ class Step:
         batch = idx, targets, key
         try:
             if self.replay is None:
-                recorded = Replay.record(self.forward, self.parameters, *batch)
+                recorded = Replay.record(self.forward, self.computing, *batch)
                 self.replay, loss, gradients = recorded
+                self._hand_over(gradients)
             else:
                 loss, gradients = self.replay(*batch)
+                self._hand_over(gradients)
                 if not self.replay.proven:
+                    replayed = [p.grad for p in self.parameters]
+                    self.optimizer.zero_grad(set_to_none=True)
                     known = self._backward([batch])
-                    self.replay.prove(loss, gradients, known, [p.grad for p in self.parameters])
+                    self.replay.prove(loss, replayed, known, [p.grad for p in self.parameters])
         except (RuntimeError, TypeError) as error:  # a model, or a torch, that it cannot do
             self.replay, self.eager_reason = None, str(error).splitlines()[0]
             self.optimizer.zero_grad(set_to_none=True)
             return self._backward([batch])
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
         return loss
+
+    def _hand_over(self, gradients: list[torch.Tensor | None]) -> None:
+        """Leave gradients of what computes with the parameters, as `_backward` does."""
+        for parameter, gradient in zip(self.computing, gradients, strict=True):
+            parameter.grad = gradient
+        if self.half:
+            self.half.move_gradients()
 
     def _fetch(self) -> None:
         """Bring this update's batches from the host to where a captured update reads them."""
@@ -306,13 +318,9 @@ def loss_function(forward: nn.Module, config: TrainConfig) -> Callable:
 
 
 def eager_reason(
-    config: TrainConfig,
-    model: GPTConfig,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    world: World = ALONE,
+    config: TrainConfig, model: GPTConfig, device: torch.device, world: World = ALONE
 ) -> str | None:
-    """Why updates, computed in `dtype`, are not replayed; None if they are."""
+    """Why updates are not replayed; None if they are."""
     if world.parallel is not None:
         return f"what --parallel {world.parallel} sends between processes is not captured"
     if config.model != "gpt":
@@ -320,8 +328,8 @@ def eager_reason(
     if not config.cuda_graph:
         return "of --cuda_graph false"
     if device.type == "cpu":
-        if config.compile or dtype != torch.float32 or model.backend == "triton":
-            return "a CPU replays neither --compile nor bfloat16 nor interpreted kernels"
+        if config.compile or model.backend == "triton":
+            return "a CPU replays neither --compile nor interpreted kernels"
         if len(world.micro_batches(config, largest_micro_batch(config, model, "cpu"))) > 1:
             return "a CPU replays one micro-batch only"
         tokens = config.batch_size * model.block_size
@@ -345,12 +353,13 @@ def may_be_half(device: torch.device) -> bool:
 
 
 def pick_dtype(
-    model: nn.Module, corpus, config: TrainConfig, device: torch.device
+    model: nn.Module, corpus, config: TrainConfig, device: torch.device, world: World = ALONE
 ) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why.
 
     "auto" is bfloat16 on a GPU. On a CPU it is bfloat16 only where the CPU multiplies it in
-    hardware (AMX, AVX512-BF16) and forward and backward on a batch of the run are then faster:
+    hardware (AMX, AVX512-BF16) and forward and backward on a batch of the run, replayed if updates
+    will be, are then faster by a tenth, which the copies between the two take of small models:
     both are timed, in turns.
     """
     if config.dtype != "auto":
@@ -361,18 +370,33 @@ def pick_dtype(
         return torch.float32, "this CPU has no bfloat16 products"
     key = make_key(config.seed, 0, 0, device)
     size = largest_micro_batch(config, model.config, device.type)
-    idx, targets = corpus.batch(key, size, model.config.block_size)
-    contestants = {torch.float32: model, torch.bfloat16: HalfCopy(model, torch.bfloat16).model}
+    batch = *corpus.batch(key, size, model.config.block_size), key
+    replays = eager_reason(config, model.config, device, world) is None
+    contestants = {
+        torch.float32: _gradients_of(model, config, batch, replays),
+        torch.bfloat16: _gradients_of(
+            HalfCopy(model, torch.bfloat16).model, config, batch, replays
+        ),
+    }
     best = dict.fromkeys(contestants, float("inf"))
-    for _ in range(3):
-        for dtype, contestant in contestants.items():
+    for _ in range(10 if replays else 3):
+        for dtype, gradients in contestants.items():
             start = time.perf_counter()
-            forward = loss_function(compiled(contestant, config), config)
-            forward(idx, targets, key)[1].backward()
+            gradients()
             best[dtype] = min(best[dtype], time.perf_counter() - start)
-            contestant.zero_grad(set_to_none=True)
     float32_ms, bfloat16_ms = (1e3 * best[dtype] for dtype in contestants)
     return (
-        min(best, key=best.get),
-        f"forward and backward took {float32_ms:.0f} ms in float32, {bfloat16_ms:.0f} in bfloat16",
+        torch.bfloat16 if bfloat16_ms < 0.9 * float32_ms else torch.float32,
+        f"forward and backward took {float32_ms:.1f} ms in float32, {bfloat16_ms:.1f} in bfloat16",
     )
+
+
+def _gradients_of(model: nn.Module, config: TrainConfig, batch, replays: bool) -> Callable:
+    """() -> None: forward and backward of `model` on (idx, targets, key), kept nowhere."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    forward = loss_function(compiled(model, config), config)
+    if replays:
+        with contextlib.suppress(RuntimeError, TypeError):  # as an update would, do without
+            replay, *_ = Replay.record(forward, parameters, *batch)
+            return lambda: replay(*batch)
+    return lambda: torch.autograd.grad(forward(*batch)[1], parameters, allow_unused=True)

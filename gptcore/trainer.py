@@ -128,7 +128,8 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     if config.profile:
         profiling.first_step(config, update.step, world)
     folder = world.from_rank_0(lambda: _make_folder(config, preset))
-    config = config.replace(out_dir=str(folder), resume=False, parallel="auto")
+    dtype = str(update.dtype).removeprefix("torch.")  # timed once: resumed, it is the same
+    config = config.replace(out_dir=str(folder), resume=False, parallel="auto", dtype=dtype)
     progress = Progress() if checkpoint is None else checkpoint.progress
     run = Run(
         folder=Path(config.out_dir),
@@ -297,7 +298,11 @@ def _build(
         finetune.freeze(model, config.freeze)
         if checkpoint is not None:
             checkpoint.load_weights(model)
-        dtype, dtype_reason = world.from_rank_0(lambda: pick_dtype(model, corpus, config, device))
+        dtype, dtype_reason = world.from_rank_0(
+            lambda: pick_dtype(model, corpus, config, device, world)
+        )
+        if checkpoint is not None and checkpoint.train.dtype == config.dtype != "auto":
+            dtype_reason = "as the run began"
         if world.parallel == "fsdp":
             distributed.fully_shard(model, dtype, world)
         optimizer = make_optimizer(model, config)

@@ -43,8 +43,7 @@ def _traced():
 def _is_small(q, k):
     """Whether an eager call needs no blocks."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    wide = q.dtype in (torch.float32, torch.float64)
-    return not _traced() and B * H * Tq * Tk <= _SMALL and wide
+    return not _traced() and B * H * Tq * Tk <= _SMALL
 
 
 def _whole_keep(key, site, dropout_p, q, k):
@@ -72,7 +71,8 @@ def _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site):
     factor = None
     if dropout_p:
         keep = _whole_keep(key, site, dropout_p, *_heads(qkv)[:2])
-        factor = keep.to(qkv.dtype).mul_(dropout_scale(dropout_p))
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        factor = keep.to(wide).mul_(dropout_scale(dropout_p))
     return attention_eager.SmallAttention.apply(qkv, angles, normalize, scale, factor)
 
 
@@ -295,7 +295,7 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
     if scale <= 0:  # the kernels' running maximum, and SDPA, take a positive one
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     if backend == "eager":
-        if _is_small(q, k):
+        if _is_small(q, k) and q.dtype.itemsize >= 4:
             return _small(q, k, v, key, scale, dropout_p, site)
         o = _flash(q, k, v, scale, dropout_p)
         if o is not None:

@@ -5,7 +5,7 @@ over. Here blocks of planes and queries stay in the cache, stop at the diagonal,
 per probability for the backward, which recomputes the rest:
 
     dp = R * (c do v^T)      ds = P * (dp - rowsum(P * dp))
-    dv = (R * P)^T (c do)    dk = ds^T (scale q)            dq = scale ds k
+    dv = c (R * P)^T do      dk = scale ds^T q              dq = scale ds k
 """
 
 import functools
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kernels import rotary
+from kernels.backend import multiplies_bfloat16
 from kernels.rng import dropout_keep_mask, dropout_scale
 from kernels.threads import for_each
 
@@ -44,34 +45,53 @@ def _query_blocks(Tq, Tk):
 
 
 class _Scratch:
-    """Memory that every block of a call uses again: fresh pages would cost more than the sums."""
+    """Memory that every block of a call uses again: fresh pages would cost more than the sums.
+
+    Attributes:
+        dtype: of the products and all between them; sums over blocks are `wide`. bfloat16 only
+            where the CPU multiplies it, and then as plain PyTorch rounds.
+    """
 
     def __init__(self, q):
-        self.dtype, self.device = torch.promote_types(q.dtype, torch.float32), q.device
+        self.wide, self.device = torch.promote_types(q.dtype, torch.float32), q.device
+        half = q.dtype == torch.bfloat16 and q.is_cpu and multiplies_bfloat16()
+        self.dtype = q.dtype if half else self.wide
         self.buffers = {}
 
-    def __call__(self, name, *shape):
+    def __call__(self, name, *shape, dtype=None):
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+            dtype = dtype or self.dtype
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
         return self.buffers[name][:size].view(shape)
 
-    def planes(self, name, x, factor=1.0):
-        """factor * x (b, h, T, D) as (b * h, T, D)."""
-        out = self(name, *x.shape).copy_(x)
-        return (out if factor == 1 else out.mul_(factor)).flatten(0, 1)
+    def planes(self, name, x):
+        """x (b, h, T, D) as (b * h, T, D)."""
+        return self(name, *x.shape).copy_(x).flatten(0, 1)
+
+    def product(self, name, a, b, alpha=1.0):
+        """alpha * a @ b, rounded once."""
+        out = self(name, *a.shape[:2], b.shape[2])
+        return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)
+
+    def add_product(self, total, a, b, alpha=1.0):
+        """total += alpha * a @ b."""
+        if total.dtype == a.dtype:
+            total.baddbmm_(a, b, alpha=alpha)
+        else:
+            total.add_(self.product("part", a, b, alpha))
 
     def numbers(self, keep):
         """0 and 1 of booleans; read as bytes they convert faster."""
         return self("keep", *keep.shape).copy_(keep.view(torch.uint8))
 
-    def probabilities(self, q, k):
+    def probabilities(self, q, k, scale):
         """softmax of q (planes, R, D) and the keys k (planes, N, D) it sees, the last R in part."""
-        (P, R, _), N = q.shape, k.shape[1]
-        s = torch.bmm(q, k.mT, out=self("scores", P, R, N))
+        R = q.shape[1]
+        s = self.product("scores", q, k.mT, scale)
         if R > 1:
             s[:, :, -R:].add_(above_diagonal(R, R, self.dtype, self.device))
-        return torch.softmax(s, -1, out=self("probabilities", P, R, N))
+        return torch.softmax(s, -1, out=self("probabilities", *s.shape))
 
 
 @functools.lru_cache(maxsize=16)
@@ -93,19 +113,35 @@ def keep_block(key, site, dropout_p, H, chunk, rows, visible):
     return dropout_keep_mask(key, site, planes, positions, visible, dropout_p)
 
 
+def _without_autocast(function):
+    """`function` with autocast off: it has chosen its dtypes itself."""
+
+    @functools.wraps(function)
+    def call(*args):
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args)  # at once: this is for models of which dispatch takes the time
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args)
+
+    return call
+
+
 class SmallAttention(torch.autograd.Function):
     """Packed attention whose probabilities all fit the cache, in the fewest ops.
 
     One copy gathers the heads and one scatters their gradients; rotation happens in between, where
-    it costs no copy of its own. Up to here dispatch, not arithmetic, is what takes the time.
+    it costs no copy of its own, and so does float32 for lower precision. Up to here dispatch, not
+    arithmetic, is what takes the time.
     """
 
     @staticmethod
+    @_without_autocast
     def forward(ctx, qkv, table, normalize, scale, factor):
         """qkv (B, T, 3, H, D); factor (B * H, T, T), 0 or dropout's scale, or None: o like v."""
         B, T, _, H, D = qkv.shape
-        # A clone, never qkv itself, which a single token's heads would be: they turn in place.
-        heads = qkv.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+        # A copy, never qkv itself, which a single token's heads would be: they turn in place.
+        heads = qkv.new_empty(3, B, H, T, D, dtype=torch.promote_types(qkv.dtype, torch.float32))
+        heads.copy_(qkv.permute(2, 0, 3, 1, 4))
         rstd = None
         if table is not None:
             rstd = rotary.turn_(heads[:2], table, normalize)
@@ -113,18 +149,20 @@ class SmallAttention(torch.autograd.Function):
         p = q.new_empty(B * H, T, T).copy_(above_diagonal(T, T, q.dtype, q.device))
         p = p.baddbmm_(q, k.mT, alpha=scale).softmax(-1)
         dropped = p if factor is None else p * factor
-        o = torch.bmm(dropped, v).view(B, H, T, D).transpose(1, 2).contiguous()
+        o = qkv.new_empty(B, T, H, D)
+        o.transpose(1, 2).copy_(torch.bmm(dropped, v).view(B, H, T, D))
         ctx.save_for_backward(heads, p, factor, table, rstd)
-        ctx.scale = scale
+        ctx.scale, ctx.dtype = scale, qkv.dtype
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_without_autocast
     def backward(ctx, do):
         heads, p, factor, table, rstd = ctx.saved_tensors
         _, B, H, T, D = heads.shape
         q, k, v = heads.view(3, B * H, T, D)
-        do = do.transpose(1, 2).reshape(B * H, T, D)
+        do = do.transpose(1, 2).to(heads.dtype).reshape(B * H, T, D)
         gradients = torch.empty_like(heads)
         dq, dk, dv = gradients.view(3, B * H, T, D)
         dp = torch.bmm(do, v.mT)
@@ -137,7 +175,9 @@ class SmallAttention(torch.autograd.Function):
         torch.baddbmm(dk, ds.mT, q, beta=0, alpha=ctx.scale, out=dk)
         if table is not None:
             rotary.turn_back_(gradients[:2], heads[:2], table, rstd)
-        return gradients.permute(1, 3, 0, 2, 4).contiguous(), None, None, None, None
+        dqkv = gradients.new_empty(B, T, 3, H, D, dtype=ctx.dtype)
+        dqkv.copy_(gradients.permute(1, 3, 0, 2, 4))
+        return dqkv, None, None, None, None
 
 
 # Gradients of queries that see no more keys come from the equation: SDPA's had up to 3.6 times the
@@ -223,17 +263,6 @@ def _blocks(q, k, saved, chunk, dropout_p):
     return [(*block, bits) for block, bits in zip(blocks, packed, strict=True)]
 
 
-def _without_autocast(function):
-    """`function(scratch, chunk)` with autocast off: it has chosen its dtypes itself."""
-
-    @functools.wraps(function)
-    def call(scratch, chunk):
-        with torch.autocast(scratch.device.type, enabled=False):
-            return function(scratch, chunk)
-
-    return call
-
-
 def _run(q, k, work):
     """work(scratch, chunk) for every chunk; on the CPU each thread takes whole ones."""
     chunks = _chunks(q, k)
@@ -247,23 +276,21 @@ def _run(q, k, work):
 
 def forward(q, k, v, o, key, scale, dropout_p, site):
     """Write o (B, H, Tq, D) and return the packed mask."""
-    H, D = q.shape[1], q.shape[3]
+    H, factor = q.shape[1], dropout_scale(dropout_p)
     saved = saved_like(q, k, dropout_p)
 
     @_without_autocast
     def work(scratch, chunk):
-        q_planes = scratch.planes("q", q[chunk], scale)
-        k_planes = scratch.planes("k", k[chunk])
-        v_planes = scratch.planes("v", v[chunk], dropout_scale(dropout_p))
+        tensors = {"q": q, "k": k, "v": v}
+        q_planes, k_planes, v_planes = (scratch.planes(n, x[chunk]) for n, x in tensors.items())
         for rows, visible, packed in _blocks(q, k, saved, chunk, dropout_p):
-            p = scratch.probabilities(q_planes[:, rows], k_planes[:, :visible])
+            p = scratch.probabilities(q_planes[:, rows], k_planes[:, :visible], scale)
             if dropout_p:
                 keep = keep_block(key, site, dropout_p, H, chunk, rows, visible)
                 packed.copy_(_pack(keep).view(packed.shape))
                 p.mul_(scratch.numbers(keep))
             o_rows = o[chunk][:, :, rows]
-            out = scratch("o", len(p), o_rows.shape[2], D)
-            o_rows.copy_(torch.bmm(p, v_planes[:, :visible], out=out).view(o_rows.shape))
+            o_rows.copy_(scratch.product("o", p, v_planes[:, :visible], factor).view(o_rows.shape))
 
     _run(q, k, work)
     return saved
@@ -271,18 +298,20 @@ def forward(q, k, v, o, key, scale, dropout_p, site):
 
 def backward(do, q, k, v, o, saved, dq, dk, dv, key, scale, dropout_p, site):
     """Write dq, dk, dv, tensors like q, k, v."""
+    factor = dropout_scale(dropout_p)
 
     @_without_autocast
     def work(scratch, chunk):
-        q_planes = scratch.planes("q", q[chunk], scale)
-        k_planes, v_planes = scratch.planes("k", k[chunk]), scratch.planes("v", v[chunk])
-        do_planes = scratch.planes("do", do[chunk], dropout_scale(dropout_p))
-        dk_planes = scratch("dk", *k_planes.shape).zero_()
-        dv_planes = scratch("dv", *v_planes.shape).zero_()
+        tensors = {"q": q, "k": k, "v": v, "do": do}
+        q_planes, k_planes, v_planes, do_planes = (
+            scratch.planes(name, x[chunk]) for name, x in tensors.items()
+        )
+        dk_planes = scratch("dk", *k_planes.shape, dtype=scratch.wide).zero_()
+        dv_planes = scratch("dv", *v_planes.shape, dtype=scratch.wide).zero_()
         for rows, visible, packed in _blocks(q, k, saved, chunk, dropout_p):
-            q_rows, do_rows = q_planes[:, rows], do_planes[:, rows]
-            p = scratch.probabilities(q_rows, k_planes[:, :visible])
-            dp = torch.bmm(do_rows, v_planes[:, :visible].mT, out=scratch("scores", *p.shape))
+            q_rows, do_rows, seen = q_planes[:, rows], do_planes[:, rows], slice(visible)
+            p = scratch.probabilities(q_rows, k_planes[:, seen], scale)
+            dp = scratch.product("scores", do_rows, v_planes[:, seen].mT, factor)
             if dropout_p:
                 keep = scratch.numbers(_unpack(packed.flatten(0, 1), *p.shape[1:]))
                 dp.mul_(keep)
@@ -290,11 +319,10 @@ def backward(do, q, k, v, o, saved, dq, dk, dv, key, scale, dropout_p, site):
             torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=ds)
             if dropout_p:
                 p.mul_(keep)
-            dv_planes[:, :visible].baddbmm_(p.mT, do_rows)
-            dk_planes[:, :visible].baddbmm_(ds.mT, q_rows)
+            scratch.add_product(dv_planes[:, seen], p.mT, do_rows, factor)
+            scratch.add_product(dk_planes[:, seen], ds.mT, q_rows, scale)
             dq_rows = dq[chunk][:, :, rows]
-            out = torch.bmm(ds, k_planes[:, :visible], out=scratch("dq", *q_rows.shape))
-            dq_rows.copy_(out.mul_(scale).view(dq_rows.shape))
+            dq_rows.copy_(scratch.product("dq", ds, k_planes[:, seen], scale).view(dq_rows.shape))
         dk[chunk] = dk_planes.view(dk[chunk].shape)
         dv[chunk] = dv_planes.view(dv[chunk].shape)
 

@@ -62,6 +62,11 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
     """The backend, "triton" or "eager", that `op` runs on for these tensors.
 

@@ -152,21 +152,18 @@ def draws_of(inputs: Tensors) -> int:
 
 
 def hold_rule(first: Measured, others: Iterable[Measured] = ()) -> tuple[Comparison, ...]:
-    """The 2x rule on (fused, plain, reference); where `first` breaks it, on all draws as one.
+    """The 2x rule on (fused, plain, reference); where `first` breaks it, on the mean of all draws.
 
     Of one draw, above all in max norm, either error may be luck: a breach by the op itself lasts.
+    The largest error of all draws would be one number's luck again; the mean of theirs is not.
     Nothing is drawn again where an error is NaN or more than LUCK times what is allowed.
     """
     comparisons = compare_all(*first)
     errors = [error / allowed for error, _, allowed in (c.figures for c in comparisons)]
     if all(c.passed for c in comparisons) or not all(error <= LUCK for error in errors):
         return comparisons
-    draws = [first, *others]
-    stacked = (
-        {name: torch.stack([results[name] for results in column]) for name in column[0]}
-        for column in zip(*draws, strict=True)
-    )
-    return compare_all(*stacked)
+    draws = [comparisons, *(compare_all(*other) for other in others)]
+    return tuple(Comparison.mean(same) for same in zip(*draws, strict=True))
 
 
 def check_problem(

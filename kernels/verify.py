@@ -27,11 +27,12 @@ import math
 import multiprocessing
 import os
 import platform
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -56,6 +57,12 @@ class Comparison:
     plain_rms: float
     tiny_max: float
     tiny_rms: float
+
+    @classmethod
+    def mean(cls, comparisons: Sequence["Comparison"]) -> "Comparison":
+        """Of the same tensor over several draws: the mean of each figure."""
+        name, *figures = zip(*map(astuple, comparisons), strict=True)
+        return cls(name[0], *map(statistics.fmean, figures))
 
     @property
     def passed(self) -> bool:

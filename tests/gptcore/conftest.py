@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 WORDS = "the king and queen of all that is not what we were, good my lord! Enter:".split(" ")
 TINY = (
     "--preset=baby-cpu --max_iters=12 --eval_interval=4 --log_interval=2 --eval_iters=2 "
-    "--sample_tokens=8 --device=cpu"
+    "--sample_tokens=8 --device=cpu --dtype=float32"
 ).split()
 
 

@@ -161,14 +161,18 @@ def test_the_dtype_of_a_cpu_is_timed_where_it_has_bfloat16(prepared, monkeypatch
         return draw(key, size, block_size)
 
     monkeypatch.setattr(type(run.corpus), "batch", batch)
-    for faster, expected in ((0, torch.float32), (1, torch.bfloat16)):
-        # A clock that moves 1 s in the faster contestant and 5 s in the other.
-        ticks = iter([0, 1, 1, 6] * 3 if faster == 0 else [0, 5, 5, 6] * 3)
+    for float32_s, bfloat16_s, expected in (
+        (1, 5, torch.float32),
+        (5, 1, torch.bfloat16),
+        (50, 46, torch.float32),  # which is not a tenth
+        (50, 44, torch.bfloat16),
+    ):
+        # A clock that moves as long in each contestant as they are said to take.
+        ticks = iter([0, float32_s, float32_s, float32_s + bfloat16_s] * 3)
         monkeypatch.setattr(step_module.time, "perf_counter", lambda ticks=ticks: next(ticks))
-        took = ("1000", "5000") if faster == 0 else ("5000", "1000")
-        reason = "forward and backward took {} ms in float32, {} in bfloat16".format(*took)
-        assert pick_dtype(*arguments) == (expected, reason)
-    assert sizes == [2, 2]  # what a micro-batch has, not the whole batch
+        took = f"{1e3 * float32_s:.1f} ms in float32, {1e3 * bfloat16_s:.1f} in bfloat16"
+        assert pick_dtype(*arguments) == (expected, f"forward and backward took {took}")
+    assert sizes == [2] * 4  # what a micro-batch has, not the whole batch
     monkeypatch.undo()
     assert all(p.grad is None for p in run.model.parameters())
     assert pick_dtype(*arguments[:2], run.config.replace(dtype="bfloat16"), arguments[3])[0] == (

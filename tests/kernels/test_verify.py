@@ -126,11 +126,12 @@ def test_bits_tell_zeros_apart_and_nan_equals_itself():
         ([(1, 1)], 0, True),
         ([(1, 0.4), (1, 1), (1, 1)], 2, True),  # plain PyTorch had luck, once
         ([(3, 1), (3, 1), (3, 1)], 2, False),
-        ([(1, 0.4), (1, 1), (2.6, 1)], 2, False),
+        ([(1, 0.4), (1, 1), (4, 1)], 2, False),
+        ([(1, 0.4), (1, 1), (2.1, 1)], 2, True),  # the largest of all alone would fail
         ([(11, 1)], 0, False),
         ([(math.nan, 1)], 0, False),
     ],
-    ids=("fine", "luck", "lasting", "not by the first alone", "gross", "NaN"),
+    ids=("fine", "luck", "lasting", "not by the first alone", "one large", "gross", "NaN"),
 )
 def test_a_breach_must_last_over_all_draws(errors, drawn, passed):
     """Errors of the op and of plain PyTorch in thousandths, the same in both norms."""
