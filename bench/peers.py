@@ -41,6 +41,7 @@ SDPA_BACKENDS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
+NANOGPT = ("nanogpt", "nanogpt-compile", "nanogpt-autocast")
 COMPILE_MODES = {"compile-default": "default", "compile-max": "max-autotune"}
 
 

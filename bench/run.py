@@ -13,7 +13,7 @@ from bench import record as recording
 from bench import render
 from bench.__main__ import DEFAULT_SECONDS, QUESTIONS, QUICK_SECONDS
 from bench.harness import OURS, Budget, Options, run_cases
-from bench.peers import PEERS, SDPA_BACKENDS, SDPA_WARNINGS
+from bench.peers import COMPILE_MODES, NANOGPT, PEERS, SDPA_BACKENDS, SDPA_WARNINGS
 from bench.time_to_loss import check_preset
 from bench.timing import Stopwatch, ceilings
 from gptcore.config import ConfigError
@@ -51,7 +51,7 @@ def peers_of(words: list[str]) -> tuple[str, ...]:
 
     Raises: ConfigError for an unknown one.
     """
-    known = (*PEERS, *SDPA_BACKENDS, "compile-default", "compile-max", "nanogpt-compile")
+    known = (*PEERS, *SDPA_BACKENDS, *COMPILE_MODES, *NANOGPT)
     names = [name for word in words for name in word.split(",") if name]
     if names == ["none"]:
         return ()

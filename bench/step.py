@@ -9,7 +9,8 @@ Method
     own wiring. nanoGPT's and transformers' models are wired differently (tied head, GELU) and
     are compared for their size; on a GPU nanoGPT's also compiled, as its train.py does by itself.
     On a CPU "naive" and "nanogpt" train in plain Python processes of their own, so that what
-    gptcore asks of this one's allocator cannot help them.
+    gptcore asks of this one's allocator cannot help them, and in float32, as they are written;
+    with --dtype bfloat16 "nanogpt-autocast" shows what that would give nanoGPT.
 Formula
     FLOPs: 6 a matrix weight and token, plus three times the causal half of attention's products.
     bytes: AdamW's traffic alone, 28 a parameter; activations depend on who computes.
@@ -37,7 +38,7 @@ from kernels.rng import make_key
 
 CORPUS_VOCABULARY = 65
 ADAMW_BYTES = 28  # a parameter: read it, its gradient and both moments, write all but the gradient
-PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", "nanogpt", "nanogpt-compile")
+PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", *peers.NANOGPT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +156,14 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
         wired = bench.wired(models.GPT2_WIRING)
         return models.to_transformers(wired, options).train(), wired
 
-    def stepping(name, wiring):
-        """Times the step of a model: on a CPU of its twin, in a process of its own."""
+    def stepping(name, wiring, dtype=torch.float32):
+        """Times the step of a model: on a CPU of its twin, in a process of its own, in `dtype`."""
 
         def start(model):
             if options.device.type != "cpu":
                 return models.STEPS[name](model, bench.train, bench.batch, options)
-            worker = worker_of(name)
-            worker.begin(name, source.config.replace(**wiring), bench.train, options)
+            worker, twin = worker_of(f"{name} {dtype}"), dataclasses.replace(options, dtype=dtype)
+            worker.begin(name, source.config.replace(**wiring), bench.train, twin)
             return SelfTimed(worker.step_ms)
 
         return start
@@ -179,6 +180,9 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
     ]
     if options.device.type == "cuda":  # where its train.py compiles unless told not to
         contestants.append(peer("nanogpt-compile", nanogpt, compiled_nanogpt))
+    elif options.dtype != torch.float32:
+        autocast = stepping("nanogpt", models.NANOGPT_WIRING, options.dtype)
+        contestants.append(peer("nanogpt-autocast", nanogpt, autocast))
     for contestant in contestants:
         if options.wants(contestant.name) and (only is None or contestant.name in only):
             yield contestant

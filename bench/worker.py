@@ -95,7 +95,7 @@ _workers: dict[str, Worker] = {}
 
 
 def worker_of(peer: str) -> Worker:
-    """The process of `peer`, one for all cases: to start one takes seconds."""
+    """The process of `peer`, a name, one for all cases: to start one takes seconds."""
     if peer not in _workers or not _workers[peer].alive:
         _workers[peer] = Worker()
     return _workers[peer]

@@ -133,7 +133,7 @@ class Worker:
             process, self.process = self.process, None
         if process is not None:
             process.stdin.close()  # ends it between trials, the signal during one
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # a shell's "&" has SIGINT ignored
             process.wait()
             process.stdout.close()
 

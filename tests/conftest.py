@@ -1,6 +1,7 @@
 """Triton kernels run under the interpreter wherever there is no GPU."""
 
 import os
+import signal
 
 import torch
 
@@ -8,6 +9,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any @triton.jit executes
 
 import pytest  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's "&" has it, also for children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Sums split over threads round differently; one thread rounds alike on every machine.
 torch.set_num_threads(1)

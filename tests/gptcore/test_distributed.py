@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 STEPS = 4
 FLAGS = [
     *f"--preset=baby-cpu --max_iters={STEPS} --eval_interval=2 --log_interval=1".split(),
-    *"--eval_iters=3 --sample_tokens=4 --device=cpu --dropout=0.2 --grad_clip=0.3".split(),
-    *"--batch_size=4 --gradient_accumulation_steps=4".split(),
+    *"--eval_iters=3 --sample_tokens=4 --device=cpu --dtype=float32".split(),
+    *"--dropout=0.2 --grad_clip=0.3 --batch_size=4 --gradient_accumulation_steps=4".split(),
 ]
 ROTARY = ["--position=rotary", "--qk_norm", "--token_shift", "--tied_head"]
 SUM = ["--data=arithmetic", "--operations=+/", "--digits=1", "--block_size=12"]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="need
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--preset=baby-cpu --max_iters=1000000000 --eval_interval=40 --checkpoint_interval=10 "
-    "--log_interval=5 --eval_iters=4 --sample_tokens=60 --device=cpu"
+    "--log_interval=5 --eval_iters=4 --sample_tokens=60 --device=cpu --dtype=float32"
 ).split()
 
 

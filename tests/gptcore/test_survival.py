@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 30
 FLAGS = (
     f"--preset=baby-cpu --max_iters={STEPS} --eval_interval=10 --checkpoint_interval=1 "
-    "--log_interval=1 --eval_iters=1 --sample_tokens=0 --device=cpu"
+    "--log_interval=1 --eval_iters=1 --sample_tokens=0 --device=cpu --dtype=float32"
 ).split()
 FORKS = """
 import json, os, sys

@@ -239,11 +239,15 @@ def test_an_interrupted_sweep_is_saved_and_goes_on(tiny_flags, tmp_path):
     )
     metrics = folder / "trials" / "n_embd=8" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not any(record["kind"] == "train" for record in read_metrics(metrics)):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    with process:
+        try:
+            while not any(record["kind"] == "train" for record in read_metrics(metrics)):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, error = process.communicate(timeout=60)
+        finally:
+            process.terminate()
     assert process.returncode == 1 and "Traceback" not in error
     assert f"0 of 1 trials done; go on with: python -m gptcore sweep --out_dir {folder}" in out
     steps = read_metrics(metrics)[-1]["step"]

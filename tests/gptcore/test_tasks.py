@@ -15,8 +15,8 @@ from kernels.rng import make_key
 
 ALL = "+-*/"
 ADDER = (
-    "--preset=add --digits=1 --eval_interval=30 --device=cpu --n_embd=32 --n_layer=1 "
-    "--batch_size=32 --eval_iters=1 --lr_decay_iters=60 --warmup_iters=5"
+    "--preset=add --digits=1 --eval_interval=30 --device=cpu --dtype=float32 --n_embd=32 "
+    "--n_layer=1 --batch_size=32 --eval_iters=1 --lr_decay_iters=60 --warmup_iters=5"
 ).split()
 
 

@@ -439,6 +439,27 @@ def test_a_resumed_run_stays_on_its_device(train_main, tiny_flags, tmp_path, mon
     assert named[-1] == "auto"
 
 
+def test_a_resumed_run_keeps_the_dtype_that_was_timed(prepared, tmp_path, monkeypatch):
+    """Timed anew it might be another, and the weights no longer those of a run never stopped."""
+    timed = iter([(torch.bfloat16, "it was faster"), (torch.float32, "now it is not")])
+    pick = trainer.pick_dtype
+
+    def pretend(model, corpus, config, *rest):
+        return next(timed) if config.dtype == "auto" else pick(model, corpus, config, *rest)
+
+    monkeypatch.setattr(trainer, "pick_dtype", pretend)
+    run = prepared("--dtype=auto")
+    assert run.update.dtype == torch.bfloat16 and run.config.dtype == "bfloat16"
+    trainer.save(run, "last")
+    run.writer.wait()
+    for flags, dtype, reason in (
+        ([], torch.bfloat16, "as the run began"),
+        (["--dtype=auto"], torch.float32, "now it is not"),
+    ):
+        resumed = prepare(parse_settings([f"--out_dir={run.folder}", "--resume", *flags]))
+        assert (resumed.update.dtype, resumed.dtype_reason) == (dtype, reason)
+
+
 def test_a_resumed_run_may_go_further(train_main, tiny_flags, tmp_path):
     folder = f"--out_dir={tmp_path / 'run'}"
     assert train_main([*tiny_flags, folder, "--max_iters=5"]) == 0
