@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from kernels import attention_eager, attention_kernels
 from kernels.backend import autocast_dtype, resolve, transforming
 from kernels.rng import (
+    as_bytes,
     check_dropout,
     check_key,
     check_number,
@@ -47,10 +48,11 @@ def _is_small(q, k):
 
 
 def _whole_keep(key, site, dropout_p, q, k):
-    """(B * H, Tq, Tk) bool of a small call."""
+    """(B * H, Tq, Tk) uint8 of a small call, 0 or 1."""
     whole = slice(0, q.shape[0]), slice(0, q.shape[1])
     rows = slice(0, q.shape[2])
-    return attention_eager.keep_block(key, site, dropout_p, q.shape[1], whole, rows, k.shape[2])
+    options = q.shape[1], whole, rows, k.shape[2]
+    return as_bytes(attention_eager.keep_block(key, site, dropout_p, *options))
 
 
 def _small(q, k, v, key, scale, dropout_p, site):

@@ -16,7 +16,7 @@ import torch
 
 from kernels import rotary
 from kernels.backend import multiplies_bfloat16
-from kernels.rng import dropout_keep_mask, dropout_scale
+from kernels.rng import as_bytes, dropout_keep_mask, dropout_scale
 from kernels.threads import for_each
 
 _BLOCK_QUERIES = 64
@@ -82,8 +82,8 @@ class _Scratch:
             total.add_(self.product("part", a, b, alpha))
 
     def numbers(self, keep):
-        """0 and 1 of booleans; read as bytes they convert faster."""
-        return self("keep", *keep.shape).copy_(keep.view(torch.uint8))
+        """0 and 1 of booleans."""
+        return self("keep", *keep.shape).copy_(as_bytes(keep))
 
     def probabilities(self, q, k, scale):
         """softmax of q (planes, R, D) and the keys k (planes, N, D) it sees, the last R in part."""

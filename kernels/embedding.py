@@ -527,6 +527,7 @@ def embed(
         if position_weight is not None:
             x = x + position_weight[position : position + idx.shape[1]]
         return x if keep is None else torch.where(keep, x, 0.0) * scale
+    keep = None if keep is None else rng.as_bytes(keep)
     try:
         return _EagerEmbed.apply(idx, token_weight, position_weight, position, keep, scale)
     except IndexError:

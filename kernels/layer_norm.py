@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from kernels import backend, layer_norm_kernels, rng
 from kernels.backend import autocast_dtype
-from kernels.rng import dropout_keep_mask, dropout_scale
+from kernels.rng import as_bytes, dropout_keep_mask, dropout_scale
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -100,7 +100,7 @@ def _eager_dropout_add(x, residual, dropout_p, key, site):
     keep, scale = keep_rows(key, site, x.shape, dropout_p), dropout_scale(dropout_p)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form
         return torch.add(residual, torch.where(keep, x, 0.0), alpha=scale)
-    return _DropoutAdd.apply(x, residual, keep, scale)
+    return _DropoutAdd.apply(x, residual, as_bytes(keep), scale)
 
 
 # ------------------------------------------------------------------------------------- autograd

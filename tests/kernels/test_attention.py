@@ -176,6 +176,23 @@ def test_eager_blocks(elements, dropout_p, device, monkeypatch):
     check(tensors[:1] + [x[:, :, :37] for x in tensors[1:]], do, function=packed, backend="eager")
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_eager_bfloat16(in_hardware, dropout_p, monkeypatch):
+    """Products in bfloat16 where the CPU has them, whose many blocks still add up in float32."""
+    monkeypatch.setattr(attention, "_SMALL", 0)
+    monkeypatch.setattr(attention_eager, "_BLOCK_QUERIES", 3)
+    monkeypatch.setattr(attention_eager, "multiplies_bfloat16", lambda: in_hardware)
+    scratch = attention_eager._Scratch(torch.empty(0, dtype=torch.bfloat16))
+    assert scratch.wide == torch.float32
+    assert scratch.dtype == (torch.bfloat16 if in_hardware else torch.float32)
+    key = make_key(1, 2, 3)
+    options = {"dropout_p": dropout_p, "key": key, "site": SITE, "backend": "eager", "scale": 0.02}
+    for function, Tk in ((packed, 700), (causal_attention, 711)):
+        shape = 1, 2, 700, Tk, 16
+        check_shape(shape, "cpu", torch.bfloat16, function=function, **options)
+
+
 @pytest.mark.parametrize("scale", [None, -0.3])
 @pytest.mark.parametrize("Tq, Tk, D", [(70, 70, 85), (64, 64, 64), (33, 97, 24), (40, 45, 24)])
 @pytest.mark.parametrize("function", [causal_attention, packed], ids=["split", "packed"])
