@@ -217,7 +217,7 @@ class TrainConfig:
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = _option(
         "auto",
-        "auto (bfloat16 on a GPU), float32 or bfloat16",
+        "auto (bfloat16 on a GPU, or where a CPU is found faster with it), float32 or bfloat16",
         choices=("auto", "float32", "bfloat16"),
     )
     compile: bool = _option(False, "run the model through torch.compile")

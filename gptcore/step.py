@@ -26,6 +26,7 @@ from gptcore.guard import Guard
 from gptcore.model import build_model
 from gptcore.optim import apply_schedule
 from gptcore.replay import Replay
+from kernels.backend import multiplies_bfloat16
 from kernels.rng import make_key
 
 EAGER_UPDATES = 3  # before capture: lazy initialisation, autotuning, allocator
@@ -348,8 +349,7 @@ def eager_reason(
 
 def may_be_half(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
-    amx, avx = torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported
-    return device.type != "cpu" or amx() or avx()
+    return device.type != "cpu" or multiplies_bfloat16()
 
 
 def pick_dtype(
