@@ -54,8 +54,7 @@ class _Scratch:
 
     def __init__(self, q):
         self.wide, self.device = torch.promote_types(q.dtype, torch.float32), q.device
-        half = q.dtype == torch.bfloat16 and q.is_cpu and multiplies_bfloat16()
-        self.dtype = q.dtype if half else self.wide
+        self.dtype = product_dtype(q.dtype, q.is_cpu)
         self.buffers = {}
 
     def __call__(self, name, *shape, dtype=None):
@@ -126,58 +125,75 @@ def _without_autocast(function):
     return call
 
 
+def product_dtype(dtype, is_cpu):
+    """What products of inputs in `dtype` are computed in: bfloat16 only where a CPU has it."""
+    half = dtype == torch.bfloat16 and is_cpu and multiplies_bfloat16()
+    return dtype if half else torch.promote_types(dtype, torch.float32)
+
+
 class SmallAttention(torch.autograd.Function):
     """Packed attention whose probabilities all fit the cache, in the fewest ops.
 
     One copy gathers the heads and one scatters their gradients; rotation happens in between, where
-    it costs no copy of its own, and so does float32 for lower precision. Up to here dispatch, not
-    arithmetic, is what takes the time.
+    it costs no copy of its own, and so does float32 for it, or for lower precision that the CPU
+    does not multiply. Up to here dispatch, not arithmetic, is what takes the time.
     """
 
     @staticmethod
     @_without_autocast
-    def forward(ctx, qkv, table, normalize, scale, factor):
-        """qkv (B, T, 3, H, D); factor (B * H, T, T), 0 or dropout's scale, or None: o like v."""
+    def forward(ctx, qkv, table, normalize, scale, keep, factor):
+        """qkv (B, T, 3, H, D); keep (B * H, T, T) uint8, or None; factor, dropout's: o like v."""
         B, T, _, H, D = qkv.shape
+        dtype = product_dtype(qkv.dtype, qkv.is_cpu)
+        if table is not None:
+            dtype = torch.promote_types(dtype, torch.float32)
         # A copy, never qkv itself, which a single token's heads would be: they turn in place.
-        heads = qkv.new_empty(3, B, H, T, D, dtype=torch.promote_types(qkv.dtype, torch.float32))
-        heads.copy_(qkv.permute(2, 0, 3, 1, 4))
+        heads = qkv.new_empty(3, B, H, T, D, dtype=dtype).copy_(qkv.permute(2, 0, 3, 1, 4))
         rstd = None
         if table is not None:
             rstd = rotary.turn_(heads[:2], table, normalize)
         q, k, v = heads.view(3, B * H, T, D)
         p = q.new_empty(B * H, T, T).copy_(above_diagonal(T, T, q.dtype, q.device))
         p = p.baddbmm_(q, k.mT, alpha=scale).softmax(-1)
-        dropped = p if factor is None else p * factor
+        keep = keep if keep is None else keep.to(dtype)  # once, not in each of three products
+        dropped = p if keep is None else p * keep
         o = qkv.new_empty(B, T, H, D)
-        o.transpose(1, 2).copy_(torch.bmm(dropped, v).view(B, H, T, D))
-        ctx.save_for_backward(heads, p, factor, table, rstd)
-        ctx.scale, ctx.dtype = scale, qkv.dtype
+        o.transpose(1, 2).copy_(_scaled_product(dropped, v, factor).view(B, H, T, D))
+        ctx.save_for_backward(heads, p, keep, table, rstd)
+        ctx.scale, ctx.factor, ctx.dtype = scale, factor, qkv.dtype
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @_without_autocast
     def backward(ctx, do):
-        heads, p, factor, table, rstd = ctx.saved_tensors
+        heads, p, keep, table, rstd = ctx.saved_tensors
         _, B, H, T, D = heads.shape
         q, k, v = heads.view(3, B * H, T, D)
         do = do.transpose(1, 2).to(heads.dtype).reshape(B * H, T, D)
         gradients = torch.empty_like(heads)
         dq, dk, dv = gradients.view(3, B * H, T, D)
-        dp = torch.bmm(do, v.mT)
+        dp = _scaled_product(do, v.mT, ctx.factor)
         dropped = p
-        if factor is not None:
-            dropped, dp = p * factor, dp.mul_(factor)
+        if keep is not None:
+            dropped, dp = p * keep, dp.mul_(keep)
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        torch.bmm(dropped.mT, do, out=dv)
+        torch.baddbmm(dv, dropped.mT, do, beta=0, alpha=ctx.factor, out=dv)
         torch.baddbmm(dq, ds, k, beta=0, alpha=ctx.scale, out=dq)
         torch.baddbmm(dk, ds.mT, q, beta=0, alpha=ctx.scale, out=dk)
         if table is not None:
             rotary.turn_back_(gradients[:2], heads[:2], table, rstd)
         dqkv = gradients.new_empty(B, T, 3, H, D, dtype=ctx.dtype)
         dqkv.copy_(gradients.permute(1, 3, 0, 2, 4))
-        return dqkv, None, None, None, None
+        return dqkv, None, None, None, None, None
+
+
+def _scaled_product(a, b, factor):
+    """factor * a @ b, rounded once."""
+    if factor == 1:
+        return torch.bmm(a, b)
+    out = a.new_empty(*a.shape[:2], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
 # Gradients of queries that see no more keys come from the equation: SDPA's had up to 3.6 times the

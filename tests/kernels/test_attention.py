@@ -193,6 +193,30 @@ def test_eager_bfloat16(in_hardware, dropout_p, monkeypatch):
         check_shape(shape, "cpu", torch.bfloat16, function=function, **options)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_eager_bfloat16_in_one_piece(in_hardware, dropout_p, monkeypatch):
+    """Packed, without rotation, more of it where the CPU has the products; else in float32."""
+    monkeypatch.setattr(attention_eager, "multiplies_bfloat16", lambda: in_hardware)
+    monkeypatch.setattr(attention, "_SMALL", 2 * 3 * 90 * 90 // 8)
+    pieces, small = [], attention_eager.SmallAttention.apply
+
+    def counted(qkv, *options):
+        pieces.append(qkv.shape[1])
+        return small(qkv, *options)
+
+    monkeypatch.setattr(attention_eager.SmallAttention, "apply", counted)
+    options = {"dropout_p": dropout_p, "key": make_key(1, 2, 3), "site": SITE, "backend": "eager"}
+    for T in (25, 90, 91):
+        shape = 2, 3, T, T, 24
+        check_shape(shape, "cpu", torch.bfloat16, function=packed, scale=0.3, **options)
+    assert set(pieces) == ({25, 90} if in_hardware else {25})
+    monkeypatch.setattr(attention, "_MOST_KEYS_OF_BFLOAT16", 89)
+    pieces.clear()
+    check_shape((2, 3, 90, 90, 24), "cpu", torch.bfloat16, function=packed, **options)
+    assert not pieces
+
+
 @pytest.mark.parametrize("scale", [None, -0.3])
 @pytest.mark.parametrize("Tq, Tk, D", [(70, 70, 85), (64, 64, 64), (33, 97, 24), (40, 45, 24)])
 @pytest.mark.parametrize("function", [causal_attention, packed], ids=["split", "packed"])
