@@ -51,11 +51,11 @@ def _is_small(q, k):
     return not _traced() and B * H * Tq * Tk <= _SMALL
 
 
-def _is_small_half(q):
-    """The same of a packed call without rotation, where products will be in bfloat16."""
-    B, H, T, _ = q.shape
+def _is_small_half(q, k):
+    """The same where products, without rotation before them, will be in bfloat16."""
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
     half = attention_eager.product_dtype(q.dtype, q.is_cpu) == torch.bfloat16
-    few = T <= _MOST_KEYS_OF_BFLOAT16 and B * H * T * T <= _MORE_OF_BFLOAT16 * _SMALL
+    few = Tk <= _MOST_KEYS_OF_BFLOAT16 and B * H * Tq * Tk <= _MORE_OF_BFLOAT16 * _SMALL
     return half and few and not _traced()
 
 
@@ -311,6 +311,8 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
         o = _flash(q, k, v, scale, dropout_p)
         if o is not None:
             return o
+        if _is_small_half(q, k):
+            return _small(q, k, v, key, scale, dropout_p, site)
     run = _forward_op if torch.compiler.is_compiling() else _Attention.apply
     return run(q, k, v, key, scale, dropout_p, site, backend)[0]
 
@@ -341,7 +343,7 @@ def causal_attention_qkv(
     q, k, v = _heads(qkv)
     backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, site, backend)
     key = check_key(op, key, qkv.device) if dropout_p else None
-    if backend == "eager" and (_is_small(q, k) or (angles is None and _is_small_half(q))):
+    if backend == "eager" and (_is_small(q, k) or (angles is None and _is_small_half(q, k))):
         return _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site)
     if angles is not None:
         qkv = rotary_qkv(qkv, angles, normalize=normalize, backend=backend)
