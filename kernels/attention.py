@@ -54,9 +54,9 @@ def _is_small(q, k):
 def _is_small_half(q, k):
     """The same where products, without rotation before them, will be in bfloat16."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    half = attention_eager.product_dtype(q.dtype, q.is_cpu) == torch.bfloat16
-    few = Tk <= _MOST_KEYS_OF_BFLOAT16 and B * H * Tq * Tk <= _MORE_OF_BFLOAT16 * _SMALL
-    return half and few and not _traced()
+    if _traced() or Tk > _MOST_KEYS_OF_BFLOAT16 or B * H * Tq * Tk > _MORE_OF_BFLOAT16 * _SMALL:
+        return False
+    return attention_eager.product_dtype(q.dtype, q.is_cpu) == torch.bfloat16
 
 
 def _whole_keep(key, site, dropout_p, q, k):

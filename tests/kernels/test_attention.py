@@ -436,6 +436,20 @@ def test_compile_and_func_grad(backend, dropout_p, device):
         torch.testing.assert_close(torch.func.grad(function)(qkv.detach()), expected)
 
 
+@pytest.mark.parametrize("function", [causal_attention, packed], ids=["split", "packed"])
+def test_compile_in_bfloat16(function, device):
+    """Whose way depends on the CPU, which the compiler may not ask."""
+    tensors = [x.bfloat16().requires_grad_() for x in draw((2, 2, 9, 9, 8), device)[:3]]
+
+    def loss(q, k, v):
+        return function(q, k, v, dropout_p=0.2, key=make_key(1, 2, device=device)).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual, expected = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
+
+
 def test_export():
     class Module(torch.nn.Module):
         def forward(self, qkv, key):
