@@ -92,8 +92,8 @@ DAMAGES = (
         "causal_attention_qkv",
         "eager",
         "the survivors of dropout not scaled",
-        'v_planes = scratch.planes("v", v[chunk], dropout_scale(dropout_p))',
-        'v_planes = scratch.planes("v", v[chunk])',
+        "_scaled_product(dropped, v, factor)",
+        "_scaled_product(dropped, v, 1)",
     ),
     Damage(
         "layer_norm",
