@@ -35,9 +35,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Up to one block the plain form needs no blocks, and its few ops are faster, for 8 bytes a
 # probability until the backward.
 _SMALL = attention_eager.BLOCK_ELEMENTS  # probabilities
-# bfloat16's, of 4 bytes: large products are so much faster than those of blocks that this makes up
-# for the keys after the diagonal: 43 against 50 ms at 16 x 6 x 256 x 64, 33 against 37 at 4 x 6 x
-# 512 x 64, but 104 against 91 at T 1024 (two cores with AVX512-BF16, forward and backward).
+# bfloat16's, of 4 bytes: up to so many keys large products are so much faster than those of blocks
+# that this makes up for the keys after the diagonal (two cores with AVX512-BF16).
 _MORE_OF_BFLOAT16, _MOST_KEYS_OF_BFLOAT16 = 8, 512
 
 

@@ -195,7 +195,7 @@ def dropout_keep_mask(
 
 
 def as_bytes(keep: torch.Tensor) -> torch.Tensor:
-    """A mask as 0 and 1 of uint8, a view: a CPU makes floats of it five times as fast."""
+    """A mask as 0 and 1 of uint8, a view: a CPU makes floats of it several times as fast."""
     return keep.view(torch.uint8)
 
 
