@@ -29,7 +29,7 @@ TASKS = {
     "selfcheck": "show on this machine that the harness reports what is so",
 }
 WHOLE_MODELS = {"step", "generate", "memory", "scaling", "time_to_loss", "ablation"}
-FLAGS = {  # what these say something to; the others, to all questions and selfcheck
+FLAGS = {  # that apply to these alone; the others apply to all questions and selfcheck
     **dict.fromkeys(("gpu", "model", "gpus"), {"predict"}),
     **dict.fromkeys(("preset", "seeds"), {"time_to_loss", "ablation"}),
     "results": {"report", "predict"},

@@ -1,8 +1,10 @@
 """From a question to a record: build contestants, check them, time them in turns, compare.
 
-A question is a module with QUESTION, METHOD and FORMULA (what it asks, how, and what a rate
-counts) and `cases(options) -> list[Case]`. A case is cheap until it is opened, so that listing
-them allocates nothing. Nothing that fails its check is timed; it is reported instead.
+A question is a module whose docstring says what it asks, by what method, and what a rate counts.
+It has `cases(options) -> list[Case]`, which `run_cases` times, or `answer(options, stopwatch,
+ceilings, show)`, which measures by itself and returns the record; and may have `tables(content)`
+and `plot(content, folder, stem)`. A case is cheap until it is opened, so that listing them
+allocates nothing. Nothing that fails its check is timed; it is reported instead.
 
 Speed is given against `OURS`: ratio > 1 means that a peer takes longer.
 """

@@ -85,11 +85,16 @@ def batched(source: GPT) -> BatchedGPT:
     return model
 
 
+def to_naive(source: GPT, options: Options | None = None) -> NaiveGPT:
+    """The seeds' model with the weights of `source`, in training mode."""
+    return source.to_naive().train()
+
+
 @torch.no_grad()
 def to_nanogpt(source: GPT, options: Options) -> nn.Module:
     """nanoGPT's GPT with the weights of `source`, whose wiring must be NANOGPT_WIRING."""
     module, config = peers.nanogpt(options), source.config
-    _require_wiring("nanoGPT", config)
+    _require_even_heads("nanoGPT", config)
     with silenced():
         model = module.GPT(
             module.GPTConfig(
@@ -110,7 +115,7 @@ def to_nanogpt(source: GPT, options: Options) -> nn.Module:
 def to_transformers(source: GPT, options: Options) -> nn.Module:
     """transformers' GPT2LMHeadModel with the weights of `source`, wired as GPT2_WIRING."""
     package, config = peers.transformers(options), source.config
-    _require_wiring("transformers' GPT-2", config)
+    _require_even_heads("transformers' GPT-2", config)
     p = config.dropout
     model = package.GPT2LMHeadModel(
         package.GPT2Config(
@@ -137,7 +142,7 @@ def silenced():
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _require_wiring(peer: str, config: GPTConfig) -> None:
+def _require_even_heads(peer: str, config: GPTConfig) -> None:
     if config.n_head * config.D != config.n_embd:
         raise peers.Skip(f"{peer} needs n_head * head_size = n_embd")
 
@@ -243,7 +248,7 @@ def nanogpt_step(
 
 
 # Peers that a process of their own can time: how one is built from a GPT, and its step.
-BUILD = {"naive": lambda source, options: naive_of(source), "nanogpt": to_nanogpt}
+BUILD = {"naive": to_naive, "nanogpt": to_nanogpt}
 STEPS = {"naive": naive_step, "nanogpt": nanogpt_step}
 
 
@@ -254,8 +259,3 @@ def reference_logits(source: GPT, idx: torch.Tensor, dtype: torch.dtype):
         with autocast(naive, dtype):
             plain = naive(idx)[0]
         return plain, naive.double()(idx)[0]
-
-
-def naive_of(source: GPT) -> NaiveGPT:
-    """The seeds' model with the weights of `source`, in training mode."""
-    return source.to_naive().train()

@@ -126,7 +126,7 @@ def sweeps(cases: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
 
 
 def growth(axis: str, group: list[Record], name: str) -> str | None:
-    """How time and work grow over a sweep: the exponents over its last doubling(s)."""
+    """By what factors time and least time grow over the last step of a sweep."""
     points = [(c, r) for c in group if (r := timed(c, name)) is not None]
     if len(points) < 2:
         return None

@@ -169,7 +169,7 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
         return start
 
     contestants = [
-        peer("naive", lambda: (models.naive_of(source), source), stepping("naive", {})),
+        peer("naive", lambda: (models.to_naive(source), source), stepping("naive", {})),
         peer("eager", lambda: (models.batched(source), source), fused),
         *(
             peer(n, lambda: (models.batched(source), source), functools.partial(compiled, m))

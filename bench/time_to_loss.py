@@ -252,10 +252,8 @@ def _nanogpt_exact_loss(options: Options, work: Path, corpus) -> float | None:
     loss = tokens = 0
     with torch.no_grad():
         for idx, targets in corpus.validation(64, checkpoint["model_args"]["block_size"]):
-            targets = targets.long().masked_fill(targets == -100, -1).contiguous()
-            count = (targets != -1).sum().item()
-            loss += model(idx.long(), targets)[1].item() * count
-            tokens += count
+            loss += model(idx, targets.contiguous())[1].item() * targets.numel()
+            tokens += targets.numel()
     return loss / tokens
 
 

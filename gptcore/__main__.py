@@ -46,13 +46,23 @@ def _add_sample(parser: Parser) -> None:
         "--temperature", type=float, default=0.8, help="0: always the likeliest token [0.8]"
     )
     parser.add_argument("--top_k", type=int, default=None, help="only the k likeliest tokens")
-    parser.add_argument("--top_p", type=float, default=None, help="only the likeliest, up to p")
     parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="above 1: less of what is there"
+        "--top_p",
+        type=float,
+        default=None,
+        help="draw from the fewest likeliest tokens whose probabilities sum to p",
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1: tokens already written become less likely",
     )
     parser.add_argument("--stop", default=None, metavar="TEXT", help="end where this is written")
     parser.add_argument("--num_samples", type=int, default=1, help="texts, in one batch")
-    parser.add_argument("--seed", type=int, default=None, help="the same seed, the same text")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="fixes the draws: the same seed, the same text"
+    )
 
 
 def sample(arguments) -> int:

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_saved
-from gptcore.distributed import deal, is_sharded
+from gptcore.distributed import is_sharded, scatter
 from gptcore.files import fingerprint, read_json, sync_folder, write_text
 from gptcore.model import build_model
 from gptcore.optim import STATE_SLOTS
@@ -119,7 +119,7 @@ class Checkpoint:
         check_fit(self.folder, found, {name: tuple(w.shape) for name, w in expected.items()})
         weights = self.read_weights()
         if is_sharded(model):
-            deal(weights, model)
+            scatter(weights, model)
         else:
             model.load_state_dict(weights, strict=False)  # a shared one has two names
 
@@ -136,29 +136,29 @@ class Checkpoint:
         Raises: ConfigError if the state is not that of such an optimizer.
         """
         path = self.folder / "optimizer.safetensors"
-        shapes, slots = tensor_shapes(path), STATE_SLOTS[type(optimizer).__name__]
-        names = _parameter_names(model, optimizer)
-        if shapes:
-            expected = {
-                f"{name}/{slot}": () if slot == "step" else tuple(parameter.shape)
-                for parameter, name in names.items()
-                for slot in slots
-            }
-            what = f"the state of --optimizer {type(optimizer).__name__.lower()}"
-            check_fit(path, shapes, expected, what)
+        found, kind = tensor_shapes(path), type(optimizer).__name__
+        if not found:  # saved before the first step
+            optimizer.state.clear()
+            return
+        slots, names = STATE_SLOTS[kind], _parameter_names(model, optimizer)
+        expected = {
+            f"{name}/{slot}": () if slot == "step" else tuple(p.shape)
+            for p, name in names.items()
+            for slot in slots
+        }
+        check_fit(path, found, expected, f"the state of --optimizer {kind.lower()}")
         tensors = read_tensors(path)
         state = {
-            p: {slot: tensors[f"{name}/{slot}"] for slot in slots}
-            for p, name in names.items()
-            if shapes
+            name: {slot: tensors[f"{name}/{slot}"] for slot in slots} for name in names.values()
         }
-        if state and is_sharded(model):
-            deal({names[p]: kept for p, kept in state.items()}, model, optimizer)
+        if is_sharded(model):
+            scatter(state, model, optimizer)
             return
         optimizer.state.clear()
-        for p, kept in state.items():
+        for p, name in names.items():
             optimizer.state[p] = {
-                slot: tensor.to(p.device, torch.float32, copy=True) for slot, tensor in kept.items()
+                slot: tensor.to(p.device, torch.float32, copy=True)
+                for slot, tensor in state[name].items()
             }
 
 

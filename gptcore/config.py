@@ -135,15 +135,17 @@ class TrainConfig:
         "a text file, a prepared folder, tinyshakespeare, pydoc (text inside every Python), or "
         "problems: add (a+b=c), arithmetic; auto: tinyshakespeare where it can be had, else pydoc",
     )
-    digits: int = _option(2, "of the numbers in problems", least=1)
-    operations: str = _option("+-*/", "of --data arithmetic")
+    digits: int = _option(2, "of each number in arithmetic problems", least=1)
+    operations: str = _option("+-*/", "of --data arithmetic, some of +-*/")
     worked_steps: bool = _option(False, "problems show how products and quotients come about")
     init_from: str | None = _option(
         None, "fine-tune: start from the weights of this run folder or checkpoint"
     )
     freeze: str = _option("", "not trained: some of embeddings, blocks:N (the first N), head")
     tokenizer: str = _option("char", "char, bytes or gpt2", choices=("char", "bytes", "gpt2"))
-    val_fraction: float = _option(0.1, "the end of the text held out", above=0, below=1)
+    val_fraction: float = _option(
+        0.1, "fraction of the text, at its end, held out for validation", above=0, below=1
+    )
     vocab_multiple: int = _option(1, "vocabulary rounded up to a multiple of this", least=1)
     model: str = _option("gpt", "gpt, or a rung of the naive ladder", choices=MODEL_NAMES)
     batch_size: int = _option(64, "sequences of one forward and backward", least=1)
@@ -159,7 +161,7 @@ class TrainConfig:
         None, "step where the schedule ends; default max_iters", least=1
     )
     min_lr: float = _option(
-        0.0, "lowest learning rate: last of cosine and wsd, first of exponential", least=0
+        0.0, "last rate of cosine and wsd, base of cyclic, first of exponential", least=0
     )
     decay_fraction: float = _option(0.2, "wsd: the part of the schedule that falls", above=0)
     cycle_mode: str = _option("triangular", f"cyclic: {', '.join(CYCLES)}", choices=CYCLES)
@@ -183,7 +185,7 @@ class TrainConfig:
         None, "highest cycled momentum; default 0.9, onecycle 0.95", least=0, below=1
     )
     momentum: float = _option(0.9, "sgd's, where it is not cycled", least=0, below=1)
-    weight_decay: float = _option(0.01, "decoupled weight decay", least=0)
+    weight_decay: float = _option(0.01, "weight decay: decoupled with adamw, L2 with sgd", least=0)
     decay_params: str = _option(
         "matrices", "which parameters decay: matrices or all", choices=("matrices", "all")
     )

@@ -245,7 +245,9 @@ class Corpus:
             f"{block_size + 1} of each; give {fix}"
         )
 
-    def batch(self, key: torch.Tensor, size: int, block_size: int, *, split="train", site=None):
+    def batch(
+        self, key: torch.Tensor, size: int, block_size: int, *, split="train", site=SITE_BATCH
+    ):
         """Random windows: rows first .. first + size of the global batch of key's step.
 
         Args:
@@ -253,7 +255,6 @@ class Corpus:
         Returns: idx, targets, each (size, block_size) int64, on `device`.
         """
         tokens = self.train if split == "train" else self.val
-        site = SITE_BATCH if site is None else site
         key = key.to(tokens.device)
         starts = random_integers(key, site, range(size), len(tokens) - block_size)
         return self._windows(tokens, starts, block_size)
@@ -311,7 +312,8 @@ def _fits(size_bytes: int, device: torch.device) -> bool:
 class BatchStream:
     """`corpus.batch` step after step, with the starts of many steps drawn in one go.
 
-    Few cost as much dispatch as many: on a CPU no small part of a small model's step.
+    Drawing those of one step costs as much dispatch as drawing those of many, and that is no small
+    part of a small model's step on a CPU.
     """
 
     STARTS_AHEAD = 1 << 14  # in few steps where they have many rows
@@ -323,9 +325,6 @@ class BatchStream:
 
     def batch(self, step: int, first: int, size: int):
         """Equal to corpus.batch(make_key(seed, step, first), size, block_size)."""
-        if not isinstance(self.corpus, Corpus):  # a task
-            key = make_key(self.seed, step, first, self.corpus.device)
-            return self.corpus.batch(key, size, self.block_size)
         window, offset = divmod(step, self.steps_ahead)
         tokens = self.corpus.train
         if window != self._window:

@@ -9,9 +9,9 @@ Gradients are averaged over the ranks by torch's own engines, DistributedDataPar
 that the average is the gradient of the mean over the global batch, however uneven the parts are.
 
 A checkpoint is the same whoever writes it: torch.distributed.checkpoint gathers on rank 0 what is
-sharded, tensor by tensor, and any number of processes reads it, each taking its part. To an
-optimizer without state torch first gives some, by a step of learning rate 0: when saving, such an
-optimizer is therefore not asked, and when loading, what is loaded replaces all of it.
+sharded, tensor by tensor, and any number of processes reads it, each taking its part. It gives an
+optimizer without state some first, by a step of learning rate 0: so the state of such a one is not
+asked for when saving, and loading replaces all of it.
 
 What a rank has to tell the others while training is one flag a step, whether it was asked to
 stop. A rank that dies takes the job with it: torchrun ends the others.
@@ -255,7 +255,7 @@ def fully_shard(model: nn.Module, dtype: torch.dtype, world: World) -> nn.Module
         "mesh": dist.init_device_mesh(world.device.type, (world.size,)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
-    model.lends_biases = False
+    model.fuses_biases = False
     for block in getattr(model, "blocks", ()):
         linears = [module for module in block.children() if isinstance(module, nn.Linear)]
         fully_shard(linears or block, **options)
@@ -298,8 +298,10 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 
-def whole(
-    tensors: dict[str, torch.Tensor], model: nn.Module, *optimizer: torch.optim.Optimizer
+def gather(
+    tensors: dict[str, torch.Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, torch.Tensor]:
     """`tensors`, of `model` or else of `optimizer`; if sharded, gathered on the CPU of rank 0.
 
@@ -310,28 +312,36 @@ def whole(
     from torch.distributed.checkpoint import state_dict as sharded
 
     options = {"full_state_dict": True, "cpu_offload": True, "flatten_optimizer_state_dict": True}
-    get = sharded.get_optimizer_state_dict if optimizer else sharded.get_model_state_dict
-    found = get(model, *optimizer, options=sharded.StateDictOptions(**options))
-    prefix = "state." if optimizer else ""
+    options = sharded.StateDictOptions(**options)
+    if optimizer is None:
+        found, prefix = sharded.get_model_state_dict(model, options=options), ""
+    else:
+        found = sharded.get_optimizer_state_dict(model, optimizer, options=options)
+        prefix = "state."
     return {name: found[prefix + name.replace("/", ".")] for name in tensors if found}
 
 
-def deal(whole: dict[str, Any], model: nn.Module, *optimizer: torch.optim.Optimizer) -> None:
-    """Give each rank's shards of `model` (or `optimizer`) their part of `whole`.
+def scatter(
+    tensors: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Give each rank's shards of `model`, or else of `optimizer`, their part of `tensors`.
 
     Args:
-        whole: tensors by parameter (of an optimizer, whose options stay, then by slot); all of
+        tensors: by parameter (of an optimizer, whose options stay, then by slot); all of
             them on every rank.
     """
     from torch.distributed.checkpoint import state_dict as sharded
 
     options = sharded.StateDictOptions(full_state_dict=True)
-    if not optimizer:
-        sharded.set_model_state_dict(model, whole, options=options)
+    if optimizer is None:
+        sharded.set_model_state_dict(model, tensors, options=options)
         return
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = [{"params": [names[p] for p in g["params"]]} for g in optimizer[0].param_groups]
+    groups = [{"params": [names[p] for p in g["params"]]} for g in optimizer.param_groups]
     # Counts are kept as they come: views of a mapped file would hold it for the whole run.
-    own = {n: {s: x if x.ndim else x.clone() for s, x in kept.items()} for n, kept in whole.items()}
+    own = {
+        name: {slot: x if x.ndim else x.clone() for slot, x in kept.items()}
+        for name, kept in tensors.items()
+    }
     state = {"state": own, "param_groups": groups}
-    sharded.set_optimizer_state_dict(model, *optimizer, state, options=options)
+    sharded.set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -8,6 +8,7 @@ of the bytes that were meant, so that what a disk made of them can be told apart
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -19,6 +20,11 @@ from gptcore.config import ConfigError
 
 JSON_BYTES = 64 << 20  # larger than any vocabulary
 CHUNK_BYTES = 1 << 20
+
+
+def first_free(stem: str) -> Path:
+    """The first of STEM-1, STEM-2, ... that does not exist."""
+    return next(p for n in itertools.count(1) if not (p := Path(f"{stem}-{n}")).exists())
 
 
 def read_json(path: Path) -> Any:

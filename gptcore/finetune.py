@@ -46,7 +46,8 @@ def adopt(
     if "tokenizer" not in given:
         changes["tokenizer"] = origin.tokenizer.kind
     if "learning_rate" not in given:
-        changes["learning_rate"] = config.learning_rate / GENTLER
+        rate = changes["learning_rate"] = config.learning_rate / GENTLER
+        print(f"--init_from: learning rate {rate:.3g}, the preset's divided by {GENTLER:g}")
         changes["min_lr"] = config.min_lr if "min_lr" in given else config.min_lr / GENTLER
     model.update({name: given[name] for name in FREE_FIELDS if name in given})
     return config.replace(**changes), model

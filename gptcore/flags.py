@@ -185,10 +185,10 @@ def take_settings(arguments: dict[str, Any]) -> Settings:
     Raises: ConfigError on an unknown preset, or unknown keys and values in the TOML file.
     """
     given = {name: value for name, value in arguments.items() if name in FIELDS}
-    preset, file = arguments["preset"], arguments["config"]
+    file = arguments["config"]
     from_file = read_toml(file) if file is not None else {}
-    preset = preset or from_file.pop("preset", "auto")
-    from_file.pop("preset", None)
+    file_preset = from_file.pop("preset", "auto")
+    preset = arguments["preset"] or file_preset
     if preset not in ("auto", *PRESETS):
         raise ConfigError(
             f"unknown preset {preset!r}"

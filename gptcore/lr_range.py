@@ -12,12 +12,15 @@ import statistics
 from pathlib import Path
 
 from gptcore.config import ConfigError, RunError
+from gptcore.files import first_free
 from gptcore.flags import Parser, add_training_flags, take_settings
 from gptcore.pool import terminate_as_interrupt
 
 DIVERGED = 4.0  # stop when the smoothed loss is this many times the lowest, above it
 SMOOTHING = 0.9  # of the exponential average
-LEVEL = 0.02  # of its fall left, the loss has stopped falling; where in a flat valley is luck
+# The loss has stopped falling where this part of its whole fall is left: in a flat valley, where
+# exactly its minimum lies is chance.
+LEVEL = 0.02
 
 
 def add_arguments(parser: Parser) -> None:
@@ -41,7 +44,7 @@ def lr_range(arguments) -> int:
         if name in settings.given:
             raise ConfigError(f"lr_range sets {name} itself; leave --{name} out")
     settings.given.update(schedule="exponential", min_lr=start, learning_rate=end, max_iters=steps)
-    folder = Path(settings.given.setdefault("out_dir", str(_free_folder())))
+    folder = Path(settings.given.setdefault("out_dir", str(first_free("runs/lr_range"))))
     if folder.exists():
         raise ConfigError(f"lr_range: folder {folder} exists; give another --out_dir")
     try:
@@ -137,11 +140,3 @@ def plot(rates, losses, smooth, limit: float | None, image: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(image, dpi=120)
-
-
-def _free_folder() -> Path:
-    """The first runs/lr_range-N that is free."""
-    number = 1
-    while (folder := Path("runs") / f"lr_range-{number}").exists():
-        number += 1
-    return folder

@@ -5,11 +5,12 @@ H heads of D and V tokens in the vocabulary:
 
     P * 4 * (weights + gradients + slots of the optimizer + their copies for the checkpoint)
     (sequences of a step) * T * 16, its tokens and targets
-    R * T * itemsize * (L * (11 C + 4 H D, + 4 C unless ReLU, + 2 C with dropout) + 3 V)
+    R * T * itemsize * (L * (11 C + 4 H D + (4 C unless ReLU) + (2 C with dropout)) + 3 V)
 
-A bfloat16 copy of weights and gradients adds 4 P; the naive models keep (1, with dropout 3) H T
-more a layer; the Triton kernels hold a tenth of the V. The last line is fitted to the peaks of
-the CPU's allocator (`python -m bench memory`): eleven settings of nanogpt-cpu, within a quarter.
+Copies for the checkpoint are a CPU's alone. A bfloat16 copy of weights and gradients adds 4 P; the
+naive models keep H T more a layer, with dropout 3 H T; the Triton kernels hold V / 3, not 3 V. The
+last line is fitted to the peaks of the CPU's allocator (`python -m bench memory`): eleven settings
+of nanogpt-cpu, within a quarter.
 
 On a CPU a micro-batch has at most `largest_micro_batch` sequences, whatever batch_size is. Batches
 and dropout masks follow from a sequence's place in the step's whole batch: however it is split,
@@ -28,12 +29,10 @@ import torch
 from gptcore import machine
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.model import build_model
-from gptcore.optim import STATE_SLOTS
 from gptcore.step import largest_micro_batch, may_be_half
 
 TOLERANCE = 0.75  # of the estimate must not fit before a run is refused for it
 DRAWN_TOKEN_BYTES = 112  # peak of generation.uniforms on a CPU, the words of Philox above all
-OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 
 
@@ -60,8 +59,7 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     Raises: ConfigError if no tensor can be as large as the model's.
     """
     P = parameter_count(config.model, model)
-    slots = len(STATE_SLOTS[OPTIMIZERS.get(config.optimizer, "AdamW")])
-    slots -= config.optimizer == "adamw"  # its count of steps is one number
+    slots = 2 if config.optimizer == "adamw" else 1  # tensors like the parameter: its moments
     on_cpu = device_type == "cpu"
     fixed = 4 * P * (2 + slots + (1 + slots if on_cpu else 0))
     if dtype == torch.bfloat16:

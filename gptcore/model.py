@@ -75,7 +75,7 @@ class KVCache:
         return causal_attention(q, *self.append(layer, k, v), **options)
 
 
-class Angles(nn.Module):
+class RotaryTable(nn.Module):
     """Rotary angles of every position: float32 whatever the model is cast to, and never saved.
 
     Attributes:
@@ -121,17 +121,17 @@ class GPT(nn.Module):
     """The batched, fused GPT; computes what `NaiveGPT` computes, masks and gradients included.
 
     Attributes:
-        lends_biases: whether a kernel may add the bias of the linear map before it; not where FSDP
+        fuses_biases: whether a kernel may add the bias of the linear map before it; not where FSDP
             takes a map's parameters away when it returns.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.lends_biases = config, True
+        self.config, self.fuses_biases = config, True
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         rotary = config.position == "rotary"
         self.position_embedding = None if rotary else nn.Embedding(config.block_size, config.n_embd)
-        self.angles = Angles(config) if rotary else None
+        self.angles = RotaryTable(config) if rotary else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
@@ -283,7 +283,7 @@ class GPT(nn.Module):
     def _residual(self, linear, h, x, ln, p, key, layer, place):
         """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""
         # Kernels return the gradient of a bias that they add themselves: one kernel less a GEMM.
-        fused = self.lends_biases and resolve("GPT", self.config.backend, h) == "triton"
+        fused = self.fuses_biases and resolve("GPT", self.config.backend, h) == "triton"
         return dropout_add_layer_norm(
             F.linear(h, linear.weight) if fused else linear(h),
             x,

@@ -31,7 +31,7 @@ class ReLUSquared(nn.Module):
         return F.relu(x).square()
 
 
-def masked_loss(logits, targets):
+def next_token_loss(logits, targets):
     """Mean cross-entropy of logits (B, T, V) against targets (B, T); None without targets."""
     if targets is None:
         return None
@@ -50,16 +50,16 @@ def dropout_activations(x, p, training, key, site):
     return x * keep.view(B, T, C) * dropout_scale(p)
 
 
-def dropout_probabilities(wei, p, training, key, site, head, n_head):
+def dropout_probabilities(weights, p, training, key, site, head, n_head):
     """Dropout of one head's probabilities (B, T, T): plane b * n_head + head."""
     if not training or p == 0:
-        return wei
+        return weights
     if key is None:
-        return F.dropout(wei, p)
-    B, T, _ = wei.shape
+        return F.dropout(weights, p)
+    B, T, _ = weights.shape
     first = int(key[2]) if len(key) == 3 else 0
     planes = range(first * n_head + head, (first + B) * n_head, n_head)
-    return wei * dropout_keep_mask(key, site, planes, T, T, p) * dropout_scale(p)
+    return weights * dropout_keep_mask(key, site, planes, T, T, p) * dropout_scale(p)
 
 
 class BigramLM(nn.Module):
@@ -73,7 +73,7 @@ class BigramLM(nn.Module):
     def forward(self, idx, targets=None, key=None):
         """idx, targets (B, T) -> logits (B, T, V), loss."""
         logits = self.token_embedding_table(idx)
-        return logits, masked_loss(logits, targets)
+        return logits, next_token_loss(logits, targets)
 
 
 def rotate(x):
@@ -86,7 +86,7 @@ def rotate(x):
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def unit(x):
+def rms_norm(x):
     """x (..., D) over its root mean square."""
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
@@ -107,15 +107,21 @@ class Head(nn.Module):
         T = x.shape[1]
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, D)
         if self.config.qk_norm:
-            q, k = unit(q), unit(k)
+            q, k = rms_norm(q), rms_norm(k)
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
-        wei = q @ k.mT * self.config.scale  # (B, T, T)
-        wei = wei.masked_fill(self.tril[:T, :T] == 0, float("-inf")).softmax(-1)
-        wei = dropout_probabilities(
-            wei, self.config.dropout, self.training, key, self.site, self.head, self.config.n_head
+        weights = q @ k.mT * self.config.scale  # (B, T, T)
+        weights = weights.masked_fill(self.tril[:T, :T] == 0, float("-inf")).softmax(-1)
+        weights = dropout_probabilities(
+            weights,
+            self.config.dropout,
+            self.training,
+            key,
+            self.site,
+            self.head,
+            self.config.n_head,
         )
-        return wei @ v
+        return weights @ v
 
 
 class MultiHead(nn.Module):
@@ -189,7 +195,7 @@ class _Embedded(nn.Module):
         if self.position_embedding_table is not None:
             x = x + self.position_embedding_table(torch.arange(idx.shape[1], device=idx.device))
         logits = self.lm_head(self.body(x, key))
-        return logits, masked_loss(logits, targets)
+        return logits, next_token_loss(logits, targets)
 
 
 class EmbeddedBigramLM(_Embedded):

@@ -49,7 +49,7 @@ class Replay:
 
         def note(key, *request):
             requests.append(request)
-            masks.append(rng.dropout_keep_mask(key, *request))
+            masks.append(rng.draw_keep_mask(key, *request))
             return masks[-1]
 
         with torch.no_grad(), rng.masks_from(note):

@@ -20,8 +20,8 @@ from torch import nn
 
 from gptcore.checkpoint import named_weights
 from gptcore.config import GPTConfig, TrainConfig
-from gptcore.data import BatchStream
-from gptcore.distributed import ALONE, Rounded, World, engine, synchronised, whole
+from gptcore.data import BatchStream, Corpus
+from gptcore.distributed import ALONE, Rounded, World, engine, gather, synchronised
 from gptcore.guard import Guard
 from gptcore.model import build_model
 from gptcore.optim import apply_schedule
@@ -32,8 +32,9 @@ from kernels.rng import make_key
 EAGER_UPDATES = 3  # before capture: lazy initialisation, autotuning, allocator
 _WARM_UPS = EAGER_UPDATES + 2  # and those that record, or capture, and prove what is replayed
 CPU_ELEMENTS = 16 * 256 * 384  # tokens * n_embd in a micro-batch on a CPU
-# Up to so many probabilities of attention in a layer, elements of an activation, and logits a CPU
-# replays: one thread issues all ops then, attention in one piece, and Python is much of the time.
+# A CPU replays where the probabilities of a layer, its largest activation and the logits have at
+# most so many elements each. Beyond, Python is little of the time, and the one thread that issues
+# a replay's ops would lose.
 REPLAY_ELEMENTS = 1 << 18
 
 
@@ -118,7 +119,7 @@ class Step:
             if first
         }
         self.stream, self.fetched = None, {}
-        if hasattr(corpus, "train") and corpus.train.device.type == "cpu":
+        if isinstance(corpus, Corpus) and corpus.train.device.type == "cpu":
             self.stream = BatchStream(corpus, config.seed, config.sequences, self.block_size)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         halves = {id(m): h for m, h in self.half.pairs} if self.half else {}
@@ -145,7 +146,7 @@ class Step:
         """A model to sample from, on rank 0; every rank calls this."""
         if self.world.parallel != "fsdp" and not isinstance(self.compute, Rounded):
             return self.compute
-        weights = whole(named_weights(self.model), self.model)
+        weights = gather(named_weights(self.model), self.model)
         if self.world.rank:
             return None
         with torch.random.fork_rng(devices=[]):

@@ -19,7 +19,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import ConfigError, RunError
-from gptcore.files import read_json
+from gptcore.files import first_free, read_json, replace_text
 from gptcore.flags import FIELDS, Parser, Settings, add_training_flags, from_text, take_settings
 from gptcore.pool import Pool, terminate_as_interrupt
 
@@ -224,7 +223,7 @@ def _prepare(arguments) -> tuple[Path, Plan]:
     if not plan.grid and not plan.random:
         raise ConfigError("nothing to try; give --grid NAME=A,B or --random NAME=log:LOW:HIGH")
     _check(plan)
-    path = path or _free_folder()
+    path = path or first_free("runs/sweep")
     try:
         (path / "trials").mkdir(parents=True, exist_ok=True)
         _write(path / "sweep.json", plan.to_json())
@@ -284,12 +283,6 @@ def _check(plan: Plan) -> None:
             raise ConfigError(f"trial {trial_name(settings)}: {error}") from error
         if plan.eta and "max_iters" in settings:
             raise ConfigError("max_iters cannot be tried with --halving, which sets it")
-
-
-def _free_folder() -> Path:
-    """The first runs/sweep-N that is free."""
-    numbers = itertools.count(1)
-    return next(p for n in numbers if not (p := Path("runs") / f"sweep-{n}").exists())
 
 
 def _resume(folder: Path) -> str:
@@ -446,6 +439,4 @@ def train_command(plan: Plan, settings: dict[str, Any]) -> str:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """JSON, whole or not at all."""
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")

@@ -170,7 +170,9 @@ class Arithmetic:
 
     # ---- in the place of a corpus ----------------------------------------------------------
 
-    def batch(self, key: torch.Tensor, size: int, block_size: int, *, split="train", site=None):
+    def batch(
+        self, key: torch.Tensor, size: int, block_size: int, *, split="train", site=SITE_BATCH
+    ):
         """Random problems: rows first .. first + size of the global batch of key's step.
 
         Args:
@@ -180,7 +182,7 @@ class Arithmetic:
         """
         held_out = split != "train"
         count = self.held_out if held_out else 9 * self.held_out
-        n = random_integers(key, SITE_BATCH if site is None else site, range(size), count)
+        n = random_integers(key, site, range(size), count)
         return self.rows(*self.problems(n, held_out=held_out), block_size)
 
     def validation(self, size: int, block_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -34,7 +34,7 @@ from gptcore.checkpoint import (
 )
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
-from gptcore.distributed import ALONE, Vote, World, whole
+from gptcore.distributed import ALONE, Vote, World, gather
 from gptcore.evaluation import Stopped, evaluate_exactly, evaluate_splits
 from gptcore.files import replace_text
 from gptcore.flags import Settings, split_fields
@@ -122,9 +122,7 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     machine.check_backend(model_fields.get("backend", "auto"), device)
     check_tracker(config.log)
     config, model_config, corpus = _load(settings, config, model_fields, checkpoint, device, world)
-    update, dtype_reason = _build(
-        settings, config, model_config, corpus, checkpoint, origin, device, world
-    )
+    update, dtype_reason = _build(config, model_config, corpus, checkpoint, origin, device, world)
     if config.profile:
         profiling.first_step(config, update.step, world)
     folder = world.from_rank_0(lambda: _make_folder(config, preset))
@@ -271,7 +269,6 @@ def _check_applicable(given: dict[str, Any], data: str, task: Arithmetic | None,
 
 
 def _build(
-    settings: Settings,
     config: TrainConfig,
     model_config: GPTConfig,
     corpus: Corpus | Arithmetic,
@@ -293,8 +290,6 @@ def _build(
         if origin is not None:
             words = finetune.initialise(model, corpus.tokenizer, origin)
             print(f"from    {origin.folder}: {words}")
-            if "learning_rate" not in settings.given:
-                print(f"        learning rate {config.learning_rate:.3g}, a third of the preset's")
         finetune.freeze(model, config.freeze)
         if checkpoint is not None:
             checkpoint.load_weights(model)
@@ -451,8 +446,8 @@ def save(run: Run, *names: str) -> None:
     """
     model, optimizer, fields = run.model, run.optimizer, dataclasses.fields(Progress)
     content = Content(
-        weights=whole(named_weights(model), model),
-        optimizer=whole(optimizer_tensors(model, optimizer), model, optimizer),
+        weights=gather(named_weights(model), model),
+        optimizer=gather(optimizer_tensors(model, optimizer), model, optimizer),
         progress=Progress(**{field.name: getattr(run, field.name) for field in fields}),
         tokenizer=run.corpus.tokenizer,
         config_json=run.config_json,

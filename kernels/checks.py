@@ -170,7 +170,7 @@ def check_problem(
     problem: Problem,
     backend: str,
     thorough: bool = True,
-    redraws: Callable[[], Iterable[Problem]] = tuple,
+    redraws: Callable[[], Iterable[Problem]] = lambda: (),
 ) -> Iterator[Result]:
     """Accuracy by the 2x rule; if thorough, a bit-identical rerun and strided inputs too.
 
@@ -184,7 +184,7 @@ def check_problem(
         with poisoned():
             return evaluate(lambda x: problem.call(x, backend), inputs, cotangents)
 
-    def measure(problem: Problem, arrange=dict) -> Measured:
+    def measure(problem: Problem, arrange=lambda inputs: inputs) -> Measured:
         reference = evaluate(problem.plain, doubled(problem.inputs), doubled(cotangents))
         inputs = arrange(problem.inputs)  # how they lie decides how plain PyTorch, too, adds
         return fused(problem, inputs), evaluate(problem.plain, inputs, cotangents), reference

@@ -378,19 +378,9 @@ def difference(old: Iterable[Row], new: Iterable[Row]) -> list[list[str]]:
     A kernel launched several times in a case is named with the number of the launch, from 0.
     """
     figures = (
-        *(
-            "warps",
-            "stages",
-            "registers",
-            "spills",
-            "stack",
-            "shared",
-            "occupancy",
-            "tensor_core",
-            "global_loads",
-        ),
-        *("transcendental", "instructions", "loop", "error"),
-    )
+        "warps stages registers spills stack shared occupancy tensor_core global_loads "
+        "transcendental instructions loop error"
+    ).split()
 
     def index(rows: Iterable[Row]) -> dict[tuple[str, str, str, str, int], Row]:
         indexed, seen = {}, Counter()

@@ -223,8 +223,8 @@ DAMAGES = (
         "embed",
         "eager",
         "positions from the second on",
-        "x.add_(position_weight[position : position + idx.shape[1]])",
-        "x.add_(position_weight[position + 1 : position + 1 + idx.shape[1]])",
+        "x.add_(position_weight[: idx.shape[1]])",
+        "x.add_(position_weight[1 : 1 + idx.shape[1]])",
     ),
     Damage(
         "rotary_qkv",

@@ -1,6 +1,6 @@
 """Token plus position embedding with dropout, in one kernel.
 
-    x[b, t] = dropout(token_weight[idx[b, t]] + position_weight[position + t])
+    x[b, t] = dropout(token_weight[idx[b, t]] + position_weight[t])
 
     dtoken_weight[v] = sum_{b, t: idx[b, t] = v} dy[b, t]
     dposition_weight[position + t] = sum_b dy[b, t]
@@ -32,14 +32,14 @@ class _EagerEmbed(torch.autograd.Function):
     """In-place steps on one fresh tensor; the mask stays, a byte an element."""
 
     @staticmethod
-    def forward(ctx, idx, token_weight, position_weight, position, keep, scale):
+    def forward(ctx, idx, token_weight, position_weight, keep, scale):
         x = F.embedding(idx, token_weight)
         if position_weight is not None:
-            x.add_(position_weight[position : position + idx.shape[1]])
+            x.add_(position_weight[: idx.shape[1]])
         if keep is not None:
             x.mul_(keep).mul_(scale)
         ctx.save_for_backward(idx, keep)
-        ctx.position, ctx.scale, ctx.dtype = position, scale, x.dtype
+        ctx.scale, ctx.dtype = scale, x.dtype
         ctx.tokens = token_weight.shape[0]
         ctx.positions = 0 if position_weight is None else position_weight.shape[0]
         return x
@@ -55,9 +55,9 @@ class _EagerEmbed(torch.autograd.Function):
             dtoken = torch.ops.aten.embedding_dense_backward(dy, idx, ctx.tokens, -1, False)
             dtoken = dtoken.to(ctx.dtype)
         if ctx.needs_input_grad[2]:
-            after = ctx.positions - ctx.position - idx.shape[1]
-            dposition = F.pad(dy.sum(0), (0, 0, ctx.position, after)).to(ctx.dtype)
-        return None, dtoken, dposition, None, None, None
+            unused = ctx.positions - idx.shape[1]
+            dposition = F.pad(dy.sum(0), (0, 0, 0, unused)).to(ctx.dtype)
+        return None, dtoken, dposition, None, None
 
 
 # --- Triton kernels -------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def _masked_gradient(
     return dy
 
 
-@jit(do_not_specialize=["T", "site", "threshold", "position"])
+@jit(do_not_specialize=["T", "site", "threshold"])
 def _embed_kernel(
     idx_ptr,  # (B, T) int64
     token_ptr,  # (V, C)
@@ -109,7 +109,6 @@ def _embed_kernel(
     T,
     C,
     V,
-    position,
     site,
     threshold,
     scale,
@@ -130,7 +129,7 @@ def _embed_kernel(
     x = tl.load(token_ptr + offsets, mask=mask, other=float("nan")).to(tl.float32)
     mask = mask_m[:, None] & mask_c[None, :]
     if position_ptr is not None:
-        offsets = (position + t)[:, None] * stride_pp + cols[None, :] * stride_pc
+        offsets = t[:, None] * stride_pp + cols[None, :] * stride_pc
         x += tl.load(position_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if key_ptr is not None:
         seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
@@ -141,7 +140,7 @@ def _embed_kernel(
     tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["T", "site", "threshold", "position"])
+@jit(do_not_specialize=["T", "site", "threshold"])
 def _position_gradient_kernel(
     dy_ptr,  # (B * T, C)
     key_ptr,  # (2,) or (3,) or None
@@ -151,7 +150,6 @@ def _position_gradient_kernel(
     B,
     T,
     C,
-    position,
     site,
     threshold,
     scale,
@@ -159,10 +157,9 @@ def _position_gradient_kernel(
     BLOCK_C: tl.constexpr,
     HAS_FIRST: tl.constexpr,
 ):
-    """Program (p, j) sums tile j of the columns over the batch, for position p."""
-    t = tl.program_id(0) - position
+    """Program (t, j) sums tile j of the columns over the batch, for position t: 0 from T on."""
+    t = tl.program_id(0)
     col = tl.program_id(1) * BLOCK_C
-    used = (t >= 0) & (t < T)
     total = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for start in range(0, B, BLOCK_B):
         offs_b = start + tl.arange(0, BLOCK_B)
@@ -171,7 +168,7 @@ def _position_gradient_kernel(
             dy_ptr,
             key_ptr,
             rows,
-            (offs_b < B) & used,
+            (offs_b < B) & (t < T),
             col,
             T,
             C,
@@ -185,7 +182,7 @@ def _position_gradient_kernel(
         total += dy.to(tl.float32)
     cols = col + tl.arange(0, BLOCK_C)
     dposition = (tl.sum(total, 0) * scale).to(dposition_ptr.dtype.element_ty)
-    tl.store(dposition_ptr + tl.program_id(0).to(tl.int64) * C + cols, dposition, mask=cols < C)
+    tl.store(dposition_ptr + t.to(tl.int64) * C + cols, dposition, mask=cols < C)
 
 
 @jit(do_not_specialize=["T", "site", "threshold"])
@@ -321,7 +318,6 @@ def _forward(
     token_weight: torch.Tensor,
     position_weight: torch.Tensor | None,
     key: torch.Tensor | None,
-    position: int,
     dropout_p: float,
     site: int,
 ) -> torch.Tensor:
@@ -346,7 +342,6 @@ def _forward(
         T=T,
         C=C,
         V=V,
-        position=position,
         **_dropout_arguments(key, dropout_p, site),
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
@@ -361,7 +356,6 @@ def _backward(
     key: torch.Tensor | None,
     V: int,
     P: int,
-    position: int,
     dropout_p: float,
     site: int,
     needs_dtoken: bool,
@@ -385,7 +379,6 @@ def _backward(
         dy,
         dposition_ptr=dposition,
         B=B,
-        position=position,
         BLOCK_B=16,
         BLOCK_C=BLOCK_C,
         num_warps=4,
@@ -475,7 +468,7 @@ def _embed_backward(ctx, dy):
         None,
         dtoken if needs_dtoken else None,
         dposition if needs_dposition else None,
-        *[None] * 4,
+        *[None] * 3,
     )
 
 
@@ -490,7 +483,6 @@ def embed(
     token_weight: torch.Tensor,
     position_weight: torch.Tensor | None,
     *,
-    position: int = 0,
     dropout_p: float = 0.0,
     key: torch.Tensor | None = None,
     site: int = 0,
@@ -498,13 +490,13 @@ def embed(
 ) -> torch.Tensor:
     """Token plus position embedding, with dropout, in one call.
 
-    x[b, t] = dropout(token_weight[idx[b, t]] + position_weight[position + t])
+    x[b, t] = dropout(token_weight[idx[b, t]] + position_weight[t])
 
     Args:
         idx: (B, T) int64, each in [0, V); any strides.
         token_weight: (V, C); float32, float16 or bfloat16 (eager: float64 too); any strides.
-        position_weight: (P, C), position + T <= P, dtype of token_weight; or None for no positions.
-        position: of the first column of idx; above 0 when decoding with a key-value cache.
+        position_weight: (P, C), T <= P, dtype of token_weight; or None for no positions. Its rows
+            from n on where idx follows n cached tokens.
         dropout_p: in [0, 1). The mask is that of an activation (B, T, C): see `kernels.rng`.
         key: (2,) or (3,) int64 [seed, step(, first)]; drawn from torch's generator if None.
         site: which dropout of the model.
@@ -513,10 +505,10 @@ def embed(
         backend cannot run. Indices out of range: ValueError from eager; NaN rows and no gradient
         from Triton, where looking at them would make the host wait for the device.
     """
-    backend = _check(idx, token_weight, position_weight, position, dropout_p, site, backend)
+    backend = _check(idx, token_weight, position_weight, dropout_p, site, backend)
     key = rng.check_key("embed", key, idx.device) if dropout_p else None
     if backend == "triton":
-        return _embed_op(idx, token_weight, position_weight, key, position, dropout_p, site)
+        return _embed_op(idx, token_weight, position_weight, key, dropout_p, site)
     keep = None
     if dropout_p:
         shape = torch.Size((*idx.shape, token_weight.shape[1]))
@@ -525,18 +517,18 @@ def embed(
     if torch.compiler.is_compiling():  # the compiler fuses the plain form
         x = F.embedding(idx, token_weight)
         if position_weight is not None:
-            x = x + position_weight[position : position + idx.shape[1]]
+            x = x + position_weight[: idx.shape[1]]
         return x if keep is None else torch.where(keep, x, 0.0) * scale
     keep = None if keep is None else rng.as_bytes(keep)
     try:
-        return _EagerEmbed.apply(idx, token_weight, position_weight, position, keep, scale)
+        return _EagerEmbed.apply(idx, token_weight, position_weight, keep, scale)
     except IndexError:
         V = token_weight.shape[0]
         wrong = idx[(idx < 0) | (idx >= V)]
         raise ValueError(f"embed: idx must be in [0, {V}); got {wrong[0].item()}") from None
 
 
-def _check(idx, token_weight, position_weight, position, dropout_p, site, backend) -> str:
+def _check(idx, token_weight, position_weight, dropout_p, site, backend) -> str:
     """The backend to run on. Raises: what `embed` documents."""
     if idx.dtype != torch.int64:
         raise TypeError(f"embed: idx must be int64; got {idx.dtype}")
@@ -549,10 +541,6 @@ def _check(idx, token_weight, position_weight, position, dropout_p, site, backen
             f"embed: token_weight must be (V, C), V, C >= 1; got {tuple(token_weight.shape)}"
         )
     T, C = idx.shape[1], token_weight.shape[1]
-    if not isinstance(position, int):
-        raise TypeError(f"embed: position must be a whole number; got {position!r}")
-    if position < 0:
-        raise ValueError(f"embed: position must be >= 0; got {position}")
     if position_weight is not None:
         if position_weight.dtype != token_weight.dtype:
             raise TypeError(
@@ -564,10 +552,10 @@ def _check(idx, token_weight, position_weight, position, dropout_p, site, backen
                 f"embed: position_weight must be (P, {C}) as token_weight is; "
                 f"got {tuple(position_weight.shape)}"
             )
-        if position + T > position_weight.shape[0]:
+        if T > position_weight.shape[0]:
             raise ValueError(
-                "embed: position + T must be at most the rows of position_weight; "
-                f"got {position} + {T} > {position_weight.shape[0]}"
+                "embed: T must be at most the rows of position_weight; "
+                f"got {T} > {position_weight.shape[0]}"
             )
     rng.check_dropout("embed", dropout_p, site)
     backend = resolve("embed", backend, idx, token_weight, position_weight)

@@ -139,19 +139,9 @@ _source: Callable[..., torch.Tensor] | None = None
 
 @contextlib.contextmanager
 def masks_from(source: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Within, source(key, site, planes, rows, cols, p) stands in for `dropout_keep_mask`."""
+    """Within, `dropout_keep_mask` returns source(key, site, planes, rows, cols, p)."""
     global _source
-    before, _source = _source, None
-
-    def call(*args):
-        global _source
-        _source = None  # it may draw itself
-        try:
-            return source(*args)
-        finally:
-            _source = call
-
-    _source = call
+    before, _source = _source, source
     try:
         yield
     finally:
@@ -182,6 +172,11 @@ def dropout_keep_mask(
     """
     if _source is not None:
         return _source(key, site, planes, rows, cols, p)
+    return draw_keep_mask(key, site, planes, rows, cols, p, device)
+
+
+def draw_keep_mask(key, site, planes, rows, cols, p, device=None) -> torch.Tensor:
+    """`dropout_keep_mask`, drawn whatever `masks_from` says."""
     check_dropout("dropout_keep_mask", p, site)
     check_key("dropout_keep_mask", key, key.device)
     device = torch.device(device) if device is not None else key.device

@@ -9,10 +9,10 @@ Rule (DESIGN.md section 5), per output and gradient, in max norm and in relative
 error_max = max |a - r| / max |r|,   error_rms = ||a - r|| / ||r||,   r the float64 reference.
 tiny is one rounding to nearest of the result's dtype at the largest magnitude: eps / 2 in max
 norm, eps / 4 in RMS. It matters only where plain PyTorch happens to be exact. The error of a
-few numbers is a draw of luck, not a statistic, so below 16 elements tiny is 2 eps in both norms.
-So is the largest error of one draw: a problem that breaks the rule is drawn again, 15 times (3, if
-it is large), and the rule is held by all draws as one tensor, the first of them included. Errors
-of 4 times what is allowed are no luck and fail at once.
+few numbers is partly luck, so below 16 elements tiny is 2 eps in both norms. So is the largest
+error of one draw: a problem that breaks the rule is drawn 15 more times (3, if it is large), each
+error is averaged over all draws, and the averages must obey the rule. An error above 4 times the
+allowed one fails at once.
 
 On a GPU the kernels run there; without one, under Triton's interpreter on the CPU. `kernels.checks`
 says what is checked, `kernels.damages` proves that the checks can fail.

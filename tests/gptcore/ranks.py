@@ -260,15 +260,15 @@ def judged_locally():
 @damaged
 def shard_dropped():
     """What the last of two ranks holds does not come to rank 0."""
-    real = trainer.whole
+    real = trainer.gather
 
-    def whole(tensors, *of):
+    def gather(tensors, *of):
         found = {name: tensor.clone() for name, tensor in real(tensors, *of).items()}
         for tensor in found.values():
             tensor[(len(tensor) + 1) // 2 :].zero_() if tensor.ndim else None
         return found
 
-    trainer.whole = whole
+    trainer.gather = gather
 
 
 @damaged

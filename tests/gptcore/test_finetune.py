@@ -150,10 +150,10 @@ def test_positions_are_cut_or_added(start, trained_run, block_size, capsys):
 
 def test_the_learning_rate_is_a_third_unless_given(tuned, capsys):
     assert tuned().config.learning_rate == pytest.approx(5e-3 / 3)
-    assert "learning rate 0.00167, a third of the preset's" in capsys.readouterr().out
+    assert "learning rate 0.00167, the preset's divided by 3" in capsys.readouterr().out
     run = tuned("--learning_rate=1e-3", "--min_lr=1e-4", "--schedule=cosine")
     assert (run.config.learning_rate, run.config.min_lr) == (1e-3, 1e-4)
-    assert "a third" not in capsys.readouterr().out
+    assert "divided" not in capsys.readouterr().out
 
 
 def test_the_model_is_the_origins(start, text_file, trained_run):

@@ -240,7 +240,7 @@ def test_a_linear_map_may_keep_its_bias(device):
     gpt = GPT(BASE.replace(backend="triton", dropout=0.2)).to(device)
     idx, key = torch.randint(13, (2, 9), device=device), make_key(1, 2, device=device)
     _, lent_loss, lent = run(gpt, idx, idx, key)
-    gpt.lends_biases = False
+    gpt.fuses_biases = False
     _, kept_loss, kept = run(gpt, idx, idx, key)
     torch.testing.assert_close(kept_loss, lent_loss)
     torch.testing.assert_close(kept, lent)

@@ -35,10 +35,10 @@ def keep_mask(key, shape, p):
     return dropout_keep_mask(key, SITE_EMBEDDING, 1, rows, C, p).view(shape)
 
 
-def plain(idx, token, position, start=0, p=0.0, key=None):
+def plain(idx, token, position, p=0.0, key=None):
     x = F.embedding(idx, token)
     if position is not None:
-        x = x + position[start : start + idx.shape[1]]
+        x = x + position[: idx.shape[1]]
     return x * keep_mask(key, x.shape, p) * dropout_scale(p) if p else x
 
 
@@ -76,17 +76,17 @@ def assert_passed(results):
     assert not failures, "\n".join(failures)
 
 
-# B, T, C, V, P, first position, dropout, dtype
+# B, T, C, V, P, dropout, dtype
 CASES = {
-    "C1-V1": (1, 1, 1, 1, 1, 0, 0.0, "fp32"),
-    "V2-p0.5": (3, 5, 7, 2, 5, 0, 0.5, "fp32"),
-    "V65-p0.2": (2, 9, 40, 65, 16, 0, 0.2, "fp32"),
-    "V65-p0.2-fp16": (2, 9, 40, 65, 16, 0, 0.2, "fp16"),
-    "V65-C129-position3": (3, 7, 129, 65, 12, 3, 0.0, "fp32"),
-    "V200-p0.1-no-positions": (2, 17, 24, 200, 0, 0, 0.1, "fp32"),
-    "B17-V30-p0.2-sorted": (17, 3, 24, 30, 3, 0, 0.2, "fp32"),
-    "V40-fp16-sorted": (2, 19, 72, 40, 20, 1, 0.3, "fp16"),
-    "V9-C1030-sorted": (1, 5, 1030, 9, 5, 0, 0.2, "fp32"),
+    "C1-V1": (1, 1, 1, 1, 1, 0.0, "fp32"),
+    "V2-p0.5": (3, 5, 7, 2, 5, 0.5, "fp32"),
+    "V65-p0.2": (2, 9, 40, 65, 16, 0.2, "fp32"),
+    "V65-p0.2-fp16": (2, 9, 40, 65, 16, 0.2, "fp16"),
+    "V65-C129": (3, 7, 129, 65, 12, 0.0, "fp32"),
+    "V200-p0.1-no-positions": (2, 17, 24, 200, 0, 0.1, "fp32"),
+    "B17-V30-p0.2-sorted": (17, 3, 24, 30, 3, 0.2, "fp32"),
+    "V40-fp16-sorted": (2, 19, 72, 40, 20, 0.3, "fp16"),
+    "V9-C1030-sorted": (1, 5, 1030, 9, 5, 0.2, "fp32"),
 }
 WAYS = ("one-hot", "sorted")
 
@@ -105,14 +105,14 @@ def test_both_ways_are_in_use():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_embed(device, poisoned, monkeypatch, backend, case):
     choose(monkeypatch, case)
-    B, T, C, V, P, start, p, dtype = CASES[case]
+    B, T, C, V, P, p, dtype = CASES[case]
     idx, weights = make_inputs(device, B, T, C, V, P, DTYPES[dtype])
     key = make_key(11, 22, 5, device)
     options = {"dropout_p": p, "key": key, "site": SITE_EMBEDDING, "backend": backend}
     assert_passed(
         comparisons(
-            lambda token, position: embed(idx, token, position, position=start, **options),
-            lambda token, position: plain(idx, token, position, start, p, key),
+            lambda token, position: embed(idx, token, position, **options),
+            lambda token, position: plain(idx, token, position, p, key),
             weights,
         )
     )
@@ -225,7 +225,7 @@ def test_only_needed_gradients(device, backend, needed):
 def test_gradcheck():
     idx, weights = make_inputs("cpu", 2, 3, 2, 4, 5, torch.float64)
     weights = [w.requires_grad_() for w in weights]
-    options = {"position": 1, "dropout_p": 0.3, "key": make_key(3)}
+    options = {"dropout_p": 0.3, "key": make_key(3)}
     assert torch.autograd.gradcheck(lambda t, q: embed(idx, t, q, **options), weights)
 
 
@@ -233,8 +233,8 @@ def test_opcheck(device):
     idx, (token, position) = make_inputs(device, 2, 3, 8, 5, 4)
     key = make_key(1, device=device)
     token.requires_grad_(), position.requires_grad_()
-    torch.library.opcheck(module._embed_op, (idx, token, position, key, 1, 0.2, 3))
-    arguments = (token.detach()[idx], idx, key, 5, 4, 1, 0.2, 3, True, True)
+    torch.library.opcheck(module._embed_op, (idx, token, position, key, 0.2, 3))
+    arguments = (token.detach()[idx], idx, key, 5, 4, 0.2, 3, True, True)
     torch.library.opcheck(module._embed_backward_op, arguments)
 
 
@@ -267,7 +267,7 @@ def _change(name, change):
 
 
 DAMAGES = {
-    "position off by one": _change("position", lambda position: position + 1),
+    "one position for all": _change("stride_pp", lambda stride: 0),
     "scale missing": _change("scale", lambda scale: 1.0),
     "another site": _change("site", lambda site: site + 1),
     "first sequence forgotten": _change("HAS_FIRST", lambda has: False),
@@ -286,7 +286,7 @@ def test_damage_is_seen(device, poisoned, monkeypatch, damage):
     options = {"dropout_p": 0.3, "key": key, "site": SITE_EMBEDDING, "backend": "triton"}
     results = comparisons(
         lambda token, position: embed(idx, token, position, **options),
-        lambda token, position: plain(idx, token, position, 0, 0.3, key),
+        lambda token, position: plain(idx, token, position, 0.3, key),
         weights,
     )
     assert not all(result.passed for result in results)
@@ -297,17 +297,15 @@ MESSAGES = {
     "idx must be (B, T); got (2,)": lambda i, t, q: embed(i[:, 0], t, q),
     "token_weight must be floating point; got torch.int64": lambda i, t, q: embed(i, t.long(), q),
     "token_weight must be (V, C), V, C >= 1; got (9,)": lambda i, t, q: embed(i, t[:, 0], q),
-    "position must be a whole number; got 1.5": lambda i, t, q: embed(i, t, q, position=1.5),
     "site must be in [0, 2**32); got -1": lambda i, t, q: embed(i, t, q, site=-1),
-    "position must be >= 0; got -1": lambda i, t, q: embed(i, t, q, position=-1),
     "token_weight and position_weight must agree in dtype; got torch.float32, torch.float16": (
         lambda i, t, q: embed(i, t, q.half())
     ),
     "position_weight must be (P, 4) as token_weight is; got (5, 3)": (
         lambda i, t, q: embed(i, t, q[:, 1:])
     ),
-    "position + T must be at most the rows of position_weight; got 3 + 3 > 5": (
-        lambda i, t, q: embed(i, t, q, position=3)
+    "T must be at most the rows of position_weight; got 3 > 2": (
+        lambda i, t, q: embed(i, t, q[:2])
     ),
     "dropout_p must be in [0, 1); got 1.0": lambda i, t, q: embed(i, t, q, dropout_p=1.0),
     "key must be an int64 tensor; got int": lambda i, t, q: embed(i, t, q, dropout_p=0.1, key=3),

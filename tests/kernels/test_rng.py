@@ -98,7 +98,7 @@ def test_masks_may_come_from_elsewhere():
 
     def source(*request):
         seen.append(request)
-        return dropout_keep_mask(*request) & given  # which draws as always
+        return rng.draw_keep_mask(*request) & given
 
     with rng.masks_from(source):
         found = dropout_keep_mask(key, 7, 2, 3, 4, 0.5)
