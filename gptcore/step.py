@@ -128,6 +128,8 @@ class Step:
         self.warm_ups = 1 if self.eager_reason else _WARM_UPS
         self.guard = Guard(optimizer, device, step)
         self.updates, self.graph, self.loss, self.replay = 0, None, None, None
+        # One for all warm-ups: for each stream the allocator and cuBLAS keep memory of its own.
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def how(self) -> str:
@@ -187,11 +189,11 @@ class Step:
             self.graph.replay()
             return self.loss
         if self.updates < EAGER_UPDATES:
-            side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+            current = torch.cuda.current_stream(self.device)
+            self.side.wait_stream(current)
+            with torch.cuda.stream(self.side):
                 loss = self._update()
-            current.wait_stream(side)
+            current.wait_stream(self.side)
             return loss
         self.graph = torch.cuda.CUDAGraph()
         # A checkpoint may be waiting for its copies in another thread: only this one is watched.

@@ -90,20 +90,25 @@ def rows(architecture: str, winners: dict[tuple[str, int], Plan]) -> str:
 def _time_ms(run: Callable[[], None], flush: torch.Tensor) -> float:
     """Median time of `run`, replayed from a CUDA graph, with a cold L2 cache.
 
-    Python may take longer to launch a kernel of so many arguments than a small one takes to run.
+    Python may take longer to launch a kernel of so many arguments than a small one takes to run,
+    and a graph to start than the kernel: on CUDA the events are in the graph.
     """
     run()
-    graph = torch.cuda.CUDAGraph()
+    graph, inside = torch.cuda.CUDAGraph(), torch.version.hip is None  # ROCm's cannot hold events
+    start, stop = (torch.cuda.Event(enable_timing=True, external=inside) for _ in range(2))
+
+    def between(call: Callable[[], None]) -> None:
+        start.record()
+        call()
+        stop.record()
+
     with torch.cuda.graph(graph):
-        run()
+        between(run) if inside else run()
     times = []
     for _ in range(_REPEATS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
+        graph.replay() if inside else between(graph.replay)
+        torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
     return statistics.median(times)
 

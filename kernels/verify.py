@@ -42,6 +42,7 @@ from kernels.command_line import Parser, rerun, table
 
 ALLOWED_RATIO = 2.0
 FEW_ELEMENTS = 16
+WORKER_BYTES = 4 << 30  # of a GPU's memory: CUDA's own, and the largest problem in float64
 # Packages built on the ops; where installed, they add whole-model checks (checks.register_check).
 PLUGINS = ("gptcore.verification",)
 
@@ -213,14 +214,20 @@ def certify(ops: Sequence[str], settings, json_path: Path | None = None) -> int:
 
 @contextlib.contextmanager
 def _workers(settings):
-    """A `map` that yields in order: in this process on a GPU, else in one process a core."""
-    if settings.device.type == "cuda":
-        yield map
-        return
-    # Spawned, not forked: torch's thread pools do not survive a fork.
+    """A `map` over several processes that yields in order."""
+    # Spawned, not forked: neither torch's thread pools nor CUDA survive a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), initializer=_start_worker) as pool:
+    with context.Pool(_worker_count(settings.device), initializer=_start_worker) as pool:
         yield pool.imap
+
+
+def _worker_count(device: torch.device) -> int:
+    """A process a core, on a GPU too: there most of the time goes into compiling kernels."""
+    count = os.cpu_count() or 1
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        count = max(1, min(count, free_bytes // WORKER_BYTES))
+    return count
 
 
 def _start_worker() -> None:
