@@ -35,9 +35,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Up to one block the plain form needs no blocks, and its few ops are faster, for 8 bytes a
 # probability until the backward.
 _SMALL = attention_eager.BLOCK_ELEMENTS  # probabilities
-# bfloat16's, of 4 bytes: up to so many keys large products are so much faster than those of blocks
-# that this makes up for the keys after the diagonal (two cores with AVX512-BF16).
-_MORE_OF_BFLOAT16, _MOST_KEYS_OF_BFLOAT16 = 8, 512
+# Where a CPU multiplies bfloat16, so many times more, of 4 bytes each: up to so many keys one large
+# product beats those of blocks although it computes the masked half (two cores with AVX512-BF16).
+_HALF_FACTOR, _HALF_KEYS = 8, 512
 
 
 def _traced():
@@ -51,9 +51,9 @@ def _is_small(q, k):
 
 
 def _is_small_half(q, k):
-    """The same where products, without rotation before them, will be in bfloat16."""
+    """The same where products will be in bfloat16."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    if _traced() or Tk > _MOST_KEYS_OF_BFLOAT16 or B * H * Tq * Tk > _MORE_OF_BFLOAT16 * _SMALL:
+    if _traced() or Tk > _HALF_KEYS or B * H * Tq * Tk > _HALF_FACTOR * _SMALL:
         return False
     return attention_eager.product_dtype(q.dtype, q.is_cpu) == torch.bfloat16
 
@@ -342,11 +342,13 @@ def causal_attention_qkv(
     q, k, v = _heads(qkv)
     backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, site, backend)
     key = check_key(op, key, qkv.device) if dropout_p else None
-    if backend == "eager" and (_is_small(q, k) or (angles is None and _is_small_half(q, k))):
+    if backend == "eager" and _is_small(q, k):
         return _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site)
     if angles is not None:
         qkv = rotary_qkv(qkv, angles, normalize=normalize, backend=backend)
         q, k, v = _heads(qkv)
+    if backend == "eager" and _is_small_half(q, k):
+        return _small_qkv(qkv, None, False, key, scale, dropout_p, site)
     if scale <= 0:
         options = {"scale": scale, "dropout_p": dropout_p, "key": key, "site": site}
         return causal_attention(q, k, v, backend=backend, **options).transpose(1, 2)

@@ -6,7 +6,14 @@ import re
 import pytest
 import torch
 
-from kernels import attention, attention_eager, causal_attention, causal_attention_qkv
+from kernels import (
+    attention,
+    attention_eager,
+    causal_attention,
+    causal_attention_qkv,
+    rotary_qkv,
+    rotary_table,
+)
 from kernels.backend import recording
 from kernels.checks import hold_rule
 from kernels.problems import attention_keep, plain_attention
@@ -196,7 +203,7 @@ def test_eager_bfloat16(in_hardware, dropout_p, monkeypatch):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
 @pytest.mark.parametrize("in_hardware", [True, False])
 def test_eager_bfloat16_in_one_piece(in_hardware, dropout_p, monkeypatch):
-    """Packed, without rotation, more of it where the CPU has the products; else in float32."""
+    """Packed, more of it where the CPU has the products; else in float32."""
     monkeypatch.setattr(attention_eager, "multiplies_bfloat16", lambda: in_hardware)
     monkeypatch.setattr(attention, "_SMALL", 2 * 3 * 90 * 90 // 8)
     pieces, small = [], attention_eager.SmallAttention.apply
@@ -211,7 +218,12 @@ def test_eager_bfloat16_in_one_piece(in_hardware, dropout_p, monkeypatch):
         shape = 2, 3, T, T, 24
         check_shape(shape, "cpu", torch.bfloat16, function=packed, scale=0.3, **options)
     assert set(pieces) == ({25, 90} if in_hardware else {25})
-    monkeypatch.setattr(attention, "_MOST_KEYS_OF_BFLOAT16", 89)
+    pieces.clear()
+    qkv, table = torch.randn(2, 90, 3, 3, 24, dtype=torch.bfloat16), rotary_table(90, 24)
+    rotated = causal_attention_qkv(qkv, angles=table, **options)
+    expected = causal_attention_qkv(rotary_qkv(qkv, table), **options)
+    assert torch.equal(rotated, expected) and pieces == ([90, 90] if in_hardware else [])
+    monkeypatch.setattr(attention, "_HALF_KEYS", 89)
     pieces.clear()
     check_shape((2, 3, 90, 90, 24), "cpu", torch.bfloat16, function=packed, **options)
     assert not pieces
