@@ -1,5 +1,6 @@
 """python -m bench: ask one question, several or all; `report`, `predict` and `selfcheck` too."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -121,6 +122,8 @@ def _main(argv: list[str]) -> int:
     for flag in ("seconds", "seeds", "gpus"):
         if given.get(flag, 1) <= 0:
             raise ConfigError(f"--{flag} must be above 0; got {given[flag]:g}")
+    if not 0 < given.get("target", 1) < math.inf:
+        raise ConfigError(f"--target must be a loss above 0; got {given['target']:g}")
     if "dtype" in given:
         _one_of("dtype", given["dtype"], DTYPES)
     if given.get("dtype") == "float16":

@@ -313,23 +313,29 @@ def tables(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
-    """Mean and, of values that differ, standard deviation over runs; one row a contestant."""
+    """Mean and, of values that differ, standard deviation over runs; one row a contestant.
+
+    Where a run ended without having reached the loss, the seconds are only a lower bound.
+    """
     header = ["", "runs", "seeds", "reached", "seconds", "steps", "val loss", "on whole split"]
     table = [[*header, "seconds / ours"]]
-    ours = [run["seconds"] for run in runs if run["who"] == OURS]
+    ours = [run for run in runs if run["who"] == OURS]
     for who in dict.fromkeys(run["who"] for run in runs):
         group = [run for run in runs if run["who"] == who]
         seeds = len({run["seed"] for run in group})
         exact = [run.get("exact_val_loss", run["val_loss"]) for run in group]
+        bound = "" if all(run["reached"] for run in group) else ">"
         cells = [
-            _spread([run["seconds"] for run in group], 1),
+            bound + _spread([run["seconds"] for run in group], 1),
             _spread([run["steps"] for run in group], 0),
             _spread([run["val_loss"] for run in group], 4),
             "" if None in exact else _spread(exact, 4),  # no checkpoint was saved
         ]
         seconds = statistics.mean(run["seconds"] for run in group)
         reached = f"{sum(run['reached'] for run in group)}/{len(group)}"
-        ratio = f"{seconds / statistics.mean(ours):.2f}" if ours and sum(ours) else ""
+        ratio = ""
+        if ours and all(run["reached"] and run["seconds"] for run in ours):
+            ratio = f"{bound}{seconds / statistics.mean(run['seconds'] for run in ours):.2f}"
         table.append([who, str(len(group)), str(seeds), reached, *cells, ratio])
     return table
 

@@ -38,31 +38,39 @@ def _add_run(parser: Parser) -> None:
     )
 
 
+SAMPLING = {  # how `sample` writes a text, unless told otherwise
+    "max_new_tokens": 500,
+    "temperature": 0.8,
+    "top_k": None,
+    "top_p": None,
+    "repetition_penalty": 1.0,
+    "stop": None,
+    "num_samples": 1,
+    "seed": None,
+}
+
+
 def _add_sample(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("--start", default=None, help="the text to continue [a new line]")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="length [500]")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the likeliest token [0.8]"
-    )
-    parser.add_argument("--top_k", type=int, default=None, help="only the k likeliest tokens")
-    parser.add_argument(
+    parser.set_defaults(**SAMPLING)
+    add = parser.add_argument
+    add("--start", default=None, help="the text to continue [a new line]")
+    add("--max_new_tokens", type=int, help="length [500]")
+    add("--temperature", type=float, help="0: always the likeliest token [0.8]")
+    add("--top_k", type=int, help="only the k likeliest tokens")
+    add(
         "--top_p",
         type=float,
-        default=None,
         help="draw from the fewest likeliest tokens whose probabilities sum to p",
     )
-    parser.add_argument(
+    add(
         "--repetition_penalty",
         type=float,
-        default=1.0,
         help="above 1: tokens already written become less likely",
     )
-    parser.add_argument("--stop", default=None, metavar="TEXT", help="end where this is written")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts, in one batch")
-    parser.add_argument(
-        "--seed", type=int, default=None, help="fixes the draws: the same seed, the same text"
-    )
+    add("--stop", metavar="TEXT", help="end where this is written")
+    add("--num_samples", type=int, help="texts, in one batch")
+    add("--seed", type=int, help="fixes the draws: the same seed, the same text")
 
 
 def sample(arguments) -> int:
@@ -76,6 +84,11 @@ def sample(arguments) -> int:
     checkpoint, model = _load(arguments)
     tokenizer = checkpoint.tokenizer
     if (task := task_of(checkpoint.train)) is not None:
+        for name, default in SAMPLING.items():
+            if getattr(arguments, name) != default:
+                raise ConfigError(
+                    f"{arguments.run} answers problems, each as is likeliest; leave --{name} out"
+                )
         print(task.answer(model, arguments.start or task.example()))
         return 0
     start = tokenizer.decode([0]) if arguments.start is None else arguments.start
@@ -83,7 +96,8 @@ def sample(arguments) -> int:
     if arguments.num_samples < 1:
         raise ConfigError(f"--num_samples must be at least 1; got {arguments.num_samples}")
     device, length = next(model.parameters()).device, len(tokens) + arguments.max_new_tokens
-    memory.check_sampling(checkpoint.model, device, arguments.num_samples, length)
+    flags = "--max_new_tokens or --num_samples"
+    memory.check_sampling(checkpoint.model, device, arguments.num_samples, length, flags)
     idx = torch.tensor(tokens, device=device)
     idx = idx.expand(arguments.num_samples, -1)
     try:

@@ -61,7 +61,7 @@ class GPTConfig:
     head_size: int | None = _option(
         None, "channels of a head; default n_embd // n_head, which need not divide", least=1
     )
-    dropout: float = _option(0.2, "probability, everywhere", least=0, below=1)
+    dropout: float = _option(0.2, "probability, everywhere", least=0, below=0.99999)
     embedding_dropout: bool = _option(False, "drop the embedding too, as nanoGPT and GPT-2 do")
     qkv_bias: bool = _option(False, "biases of queries, keys and values")
     bias: bool = _option(True, "biases of projection, feed-forward and LayerNorm")
@@ -247,6 +247,10 @@ class TrainConfig:
             raise ConfigError(
                 f"min_lr must be at most learning_rate, {self.learning_rate}; got {self.min_lr}"
             )
+        if self.cycle_gamma > 1:
+            raise ConfigError(
+                f"cycle_gamma must be at most 1: peaks shrink; got {self.cycle_gamma}"
+            )
         if self.schedule == "exponential" and self.min_lr == 0:
             raise ConfigError("min_lr must be above 0 with --schedule exponential; got 0.0")
         if self.decay_fraction > 1:
@@ -279,6 +283,8 @@ def check_field(field: dataclasses.Field, value) -> None:
         raise ConfigError(f"{field.name} must be finite; got {value!r}")
     if value == "" and field.default != "":
         raise ConfigError(f"{field.name} must not be empty; got ''")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{field.name} must not have a null character; got {value!r}")
     rule = field.metadata
     if "choices" in rule and value not in rule["choices"]:
         raise ConfigError(

@@ -6,6 +6,7 @@ is one indexing operation and a pure function of (seed, step): sequence r of the
 step starts at random_integers(key, SITE_BATCH, r), whatever rank or micro-batch asks for it.
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -230,8 +231,14 @@ class Corpus:
         return {"train_tokens": len(self.train), "val_tokens": len(self.val)}
 
     def example(self) -> str:
-        """Something to start a sample with."""
-        return "LEONTES:" if "tinyshakespeare" in self.text.source else "The"
+        """A word to start a sample with, of characters that the text has; perhaps none."""
+        if "tinyshakespeare" in self.text.source:
+            return "LEONTES:"
+        with contextlib.suppress(ConfigError):
+            self.tokenizer.encode("The")
+            return "The"
+        words = self.tokenizer.decode(self.val[:200].tolist()).split()[1:]  # the first, in part
+        return next((word[:12] for word in words if word.isprintable()), "")
 
     def check_block(self, block_size: int) -> None:
         """Raises: ConfigError unless each split holds a block and its targets."""

@@ -104,23 +104,31 @@ def freeze(model: nn.Module, spec: str) -> None:
     """Take parameters out of training.
 
     Args:
-        spec: "", or of "embeddings", "blocks:N" (the first N) and "head" some, with commas.
-    Raises: ConfigError if it is none of these, or leaves nothing to train.
+        spec: "", or of "embeddings", "blocks:N" (the first N) and "head" some, with commas. A head
+            that is tied to the token embedding is frozen with the embeddings.
+    Raises: ConfigError if it is none of these, what the model does not have, or leaves nothing to
+        train.
     """
     frozen: tuple[str, ...] = ()
+    names = [name for name, _ in model.named_parameters()]
     for part in filter(None, spec.split(",")):
         blocks = re.fullmatch(r"blocks:(\d+)", part)
         if part == "embeddings":
-            frozen += (*(f"{name}." for name in TOKENS[:2]), *(f"{name}." for name in POSITIONS))
+            here = (*(f"{name}." for name in TOKENS[:2]), *(f"{name}." for name in POSITIONS))
         elif part == "head":
-            frozen += ("lm_head.",)
+            here = ("lm_head.",)
         elif blocks and 1 <= int(blocks[1]) <= model.config.n_layer:
-            frozen += tuple(f"blocks.{i}." for i in range(int(blocks[1])))
+            here = tuple(f"blocks.{i}." for i in range(int(blocks[1])))
         else:
             raise ConfigError(
                 "freeze must be of embeddings, head and blocks:N some, with commas, N from 1 to "
                 f"{model.config.n_layer}; got {part!r}"
             )
+        tied = part == "head" and model.config.tied_head
+        if tied or not any(name.startswith(here) for name in names):
+            fix = "; its head is the token embedding: freeze embeddings" if tied else ""
+            raise ConfigError(f"freeze: this model has no {part} of its own to freeze{fix}")
+        frozen += here
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
     if frozen and not any(p.requires_grad for p in model.parameters()):

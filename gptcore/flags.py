@@ -22,6 +22,7 @@ from gptcore.config import (
     GPTConfig,
     RunError,
     TrainConfig,
+    check_field,
     kind_name,
     kinds_of,
     suggestion,
@@ -182,7 +183,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 def take_settings(arguments: dict[str, Any]) -> Settings:
     """The settings in parsed arguments that `add_training_flags` described; others are ignored.
 
-    Raises: ConfigError on an unknown preset, or unknown keys and values in the TOML file.
+    Raises: ConfigError on an unknown preset, an unknown key in the TOML file, or a bad value.
     """
     given = {name: value for name, value in arguments.items() if name in FIELDS}
     file = arguments["config"]
@@ -194,7 +195,10 @@ def take_settings(arguments: dict[str, Any]) -> Settings:
             f"unknown preset {preset!r}"
             + (suggestion(str(preset), list(PRESETS)) or f"; presets: auto, {', '.join(PRESETS)}")
         )
-    return Settings(preset, {**from_file, **given})
+    given = {**from_file, **given}
+    for name, value in given.items():
+        check_field(FIELDS[name], value)
+    return Settings(preset, given)
 
 
 def read_toml(path: str) -> dict[str, Any]:

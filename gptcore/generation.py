@@ -129,9 +129,10 @@ class Sampling:
             raise ValueError(f"generate: temperature must be at least 0; got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"generate: top_p must be in (0, 1]; got {self.top_p}")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 1e-30 <= self.repetition_penalty <= 1e30:  # as 1 / it, a float32
             raise ValueError(
-                f"generate: repetition_penalty must be above 0; got {self.repetition_penalty}"
+                "generate: repetition_penalty must be in [1e-30, 1e30]; "
+                f"got {self.repetition_penalty}"
             )
 
     def choose(self, logits, u, seen=None):

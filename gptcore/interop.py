@@ -288,6 +288,7 @@ def import_model(
     Raises: ConfigError.
     """
     from gptcore.checkpoint import Content, Progress, named_weights, write_checkpoint
+    from gptcore.data import NAMES
 
     run_folder = Path(run_folder)
     if run_folder.exists() and (not run_folder.is_dir() or any(run_folder.iterdir())):
@@ -295,7 +296,7 @@ def import_model(
     gpt = _known(LOADERS, format, "import")(path, **overrides)
     train = TrainConfig(
         out_dir=str(run_folder),
-        data=data,
+        data=data if data in NAMES else str(Path(data).resolve()),
         tokenizer=tokenizer.kind,
         vocab_multiple=vocab_multiple,
     )

@@ -13,6 +13,7 @@ import contextlib
 import gc
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ PLOTTED = 1000  # evaluations at most; more are no clearer, and the memory for t
 
 def resume_command(run: Run) -> str:
     """What to type to go on."""
-    return f"python train.py --out_dir {run.folder} --resume"
+    return shlex.join(["python", "train.py", "--out_dir", str(run.folder), "--resume"])
 
 
 class Log:
@@ -186,7 +187,9 @@ class Log:
         )
         if run.corpus.text.note:
             print(f"WARNING: {run.corpus.text.note}")
-        start = run.corpus.example()
+        sample = ["python", "-m", "gptcore", "sample", str(run.folder)]
+        if start := run.corpus.example():
+            sample += ["--start", start]
         whole, extent = extent_of(validation, run.corpus)
         print(
             f"{'exact ' if whole else ''}validation loss {validation.loss:.4f} over {extent} "
@@ -195,7 +198,7 @@ class Log:
             f"after {run.step} steps in {run.elapsed_s:.1f} s"
             + (f", peak memory {memory / 2**20:,.0f} MiB" if memory else "")
             + f"\nrun folder  {run.folder}"
-            f'\nsample it   python -m gptcore sample {run.folder} --start "{start}"'
+            f"\nsample it   {shlex.join(sample)}"
         )
 
     def write(self, **record) -> None:

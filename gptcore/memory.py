@@ -140,11 +140,14 @@ def check(config: TrainConfig, model: GPTConfig, device: torch.device) -> None:
         )
 
 
-def check_sampling(model: GPTConfig, device: torch.device, texts: int, tokens: int) -> None:
+def check_sampling(
+    model: GPTConfig, device: torch.device, texts: int, tokens: int, flags: str
+) -> None:
     """Refuse to write texts that surely do not fit, before anything is allocated.
 
     Args:
         tokens: of each text, with its start.
+        flags: which of them set how much is written.
     Raises: ConfigError.
     """
     cache = 8 * model.n_layer * model.n_head * model.D * model.block_size  # keys, values: float32
@@ -152,8 +155,8 @@ def check_sampling(model: GPTConfig, device: torch.device, texts: int, tokens: i
     free, _ = device_bytes(device)
     if TOLERANCE * wanted > free:
         raise ConfigError(
-            f"about {wanted / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free: give a smaller "
-            "--max_new_tokens or --num_samples"
+            f"about {wanted / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free: "
+            f"give a smaller {flags}"
         )
 
 

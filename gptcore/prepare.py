@@ -144,7 +144,7 @@ def _map(path: Path, recorded: dict[str, Any], tokenizer: Tokenizer) -> np.ndarr
         if ids.max() >= tokenizer.vocab_size or ids.min() < 0:
             raise ConfigError(
                 f"{path}: ids from {ids.min()} to {ids.max()}, the vocabulary has "
-                f"{tokenizer.vocab_size}; prepare the text again"
+                f"{tokenizer.vocab_size}; delete {path.parent} and prepare the text again"
             )
 
     _check_file(path, recorded, check)
@@ -221,6 +221,8 @@ def prepare_folder(
     if (folder / "manifest.json").is_file():
         manifest = _read_manifest(folder)
         if all(manifest.get(name) == value for name, value in job.items()):
+            for name, recorded in manifest["files"].items():
+                _check_file(folder / name, recorded)
             print(f"{folder} is whole already")
             return manifest
         raise ConfigError(
@@ -228,6 +230,7 @@ def prepare_folder(
         )
     state = _read_progress(folder, job)
     folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "progress.json", json.dumps(state))
     if kind == "char":
         _collect_characters(folder, state)
         tokenizer = CharTokenizer(state["characters"])
@@ -268,7 +271,8 @@ def _describe(path: str) -> dict[str, Any]:
 
 def _read_progress(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """How far an interrupted run of `job` came; the beginning where there was none."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    unbegun = [], ["progress.json.new"]  # killed while the first was written
+    if not folder.exists() or (folder.is_dir() and os.listdir(folder) in unbegun):
         names = ("tokens.bin", "val.bin") if job["val_files"] else ("tokens.bin",)
         return {
             **job,

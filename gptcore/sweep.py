@@ -182,6 +182,8 @@ def sweep(arguments) -> int:
         results = read_results(folder, trials)
         if results:
             report(folder, results)
+    if not results:
+        raise ConfigError("no trial could run; mend what is said above, then: " + _resume(folder))
     best = results[0]
     if best["error"]:
         raise RunError(f"every trial failed; the first: {best['error']}; see {folder}/trials")
@@ -261,8 +263,11 @@ def _continued(folder: Path, plan: Plan) -> Plan:
             f"--resume: {folder} was made with other settings, see its sweep.json; give the same, "
             f"or only: {_resume(folder)}"
         )
+    tried = (trial_name(settings) for settings in before.settings())
     names = {trial_name(settings) for settings in plan.settings()}
-    forgotten = [name for s in before.settings() if (name := trial_name(s)) not in names]
+    forgotten = [
+        name for name in tried if name not in names and (folder / "trials" / name).is_dir()
+    ]
     if forgotten:
         raise ConfigError(
             f"--resume: --grid and --random must include what {folder} has tried; {forgotten[0]} "
@@ -335,13 +340,11 @@ def _request(folder, plan: Plan, name: str, settings: dict[str, Any], budget: in
 
 
 def _record(folder: Path, request: dict[str, Any], result: dict[str, Any]) -> None:
-    """Keep and show the result of a trial.
-
-    Raises: ConfigError if the trial's input was bad: that of the others will be, too.
-    """
+    """Show the result of a trial, and keep it; one with bad input may be tried again."""
     name = request["trial"]
     if result["bad_input"]:
-        raise ConfigError(f"trial {name}: {result['error']}")
+        print(f"  {name}: not run: {result['error']}", flush=True)
+        return
     run = folder / "trials" / name
     run.mkdir(exist_ok=True)
     _write(run / "result.json", {"trial": name, **result})

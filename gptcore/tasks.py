@@ -222,11 +222,13 @@ class Arithmetic:
         text = question.replace(" ", "").rstrip("=").strip()
         for op in self.operations:
             a, found, b = text.partition(op)
+            if found and op == "/" and b.strip("0") == "":
+                break
             if found and all(x.isascii() and x.isdigit() and len(x) <= self.digits for x in (a, b)):
                 return f"{a.zfill(self.digits)}{op}{b.zfill(self.digits)}="
         raise ConfigError(
             f"a question must be two numbers of at most {self.digits} digits around one of "
-            f"{self.operations}, such as {self.example()}; got {question!r}"
+            f"{self.operations}, not dividing by 0, such as {self.example()}; got {question!r}"
         )
 
     def answers(self, model, count: int = 5) -> Iterator[str]:
@@ -253,7 +255,8 @@ class Arithmetic:
     def solve(self, model, questions: torch.Tensor) -> torch.Tensor:
         """The likeliest answers: (rows, question) tokens -> (rows, width) tokens."""
         new = self.width - self.question
-        return generate(model, questions, max_new_tokens=new, temperature=0)
+        vocab_size = self.tokenizer.vocab_size  # the model's may be rounded up
+        return generate(model, questions, max_new_tokens=new, temperature=0, vocab_size=vocab_size)
 
     def example(self) -> str:
         """A question."""

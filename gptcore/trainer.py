@@ -8,10 +8,12 @@ so that weights, optimizer state and step are all that resuming needs.
 import contextlib
 import dataclasses
 import math
+import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from gptcore import distributed, finetune, machine, memory, profiling
 from gptcore.checkpoint import (
@@ -32,11 +39,11 @@ from gptcore.checkpoint import (
     optimizer_tensors,
     set_aside,
 )
-from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_saved, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.distributed import ALONE, Vote, World, gather
 from gptcore.evaluation import Stopped, evaluate_exactly, evaluate_splits
-from gptcore.files import replace_text
+from gptcore.files import read_json, replace_text
 from gptcore.flags import Settings, split_fields
 from gptcore.generation import generate
 from gptcore.guard import LOOK_EVERY
@@ -79,6 +86,7 @@ class Run:
     rolled_back: list[int] = field(default_factory=list)  # the steps it went back to
     stop: threading.Event = field(default_factory=threading.Event)  # save and leave, said a signal
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
+    unlock: Callable[[], None] = lambda: None  # lets other processes train in `folder`
 
     def __post_init__(self):
         self.vote = Vote(self.world)
@@ -105,8 +113,12 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     """
     device = world.device or machine.pick_device(settings.given.get("device", "auto"))
     config, model_fields = settings.merged(device.type)
-    preset = settings.resolved_preset(device.type)
     checkpoint, damaged = _checkpoint_to_resume(config, world)
+    if checkpoint is None and config.resume:
+        settings = world.from_rank_0(lambda: _begun_settings(settings, device.type))
+        device = world.device or machine.pick_device(settings.given.get("device", "auto"))
+        config, model_fields = settings.merged(device.type)
+    preset = settings.resolved_preset(device.type)
     if checkpoint is not None:
         config, model_fields = _resumed_settings(checkpoint, settings)
         preset = checkpoint.config.get("preset", preset)
@@ -145,19 +157,42 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         best_step=progress.best_step,
         evaluated_step=progress.evaluated_step,
     )
-    if checkpoint is None or checkpoint.folder.name == "last":
+    if checkpoint is not None and checkpoint.folder.name == "last":
         run.saved = run.step, run.evaluated_step
     if world.rank:
         return run
     with _disk_errors(run):
+        _lock(run)
         if damaged:
             told = [f"{why}, set aside as {set_aside(path)}" for path, why in damaged.items()]
             where = f"going on from {checkpoint.folder}, step {run.step}"
             print(f"WARNING: {'; '.join(told)}; {where}")
         replace_text(run.folder / "config.json", run.config_json)
+        _lock(run)  # the file is another one now
         step = -1 if checkpoint is None else run.step
         trim_metrics(run.folder / "metrics.jsonl", step, run.evaluated_step)
     return run
+
+
+def _lock(run: Run) -> None:
+    """Lock config.json of the run folder against other processes, until `run.unlock()`.
+
+    Raises: ConfigError if another one trains there.
+    """
+    path = run.folder / "config.json"
+    if fcntl is None or not path.is_file():
+        return
+    run.unlock()
+    file = os.open(path, os.O_RDWR)
+    run.unlock = weakref.finalize(run, os.close, file)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ConfigError(
+            f"another process trains in {run.folder}; wait for its end, or give another --out_dir"
+        ) from error
+    except OSError:  # not every file system can
+        pass
 
 
 def _checkpoint_to_resume(
@@ -178,11 +213,40 @@ def _checkpoint_to_resume(
         return None, {}
     if folder is None:
         raise ConfigError("--resume needs the run folder; add --out_dir")
+    if (folder / "manifest.json").is_file():
+        raise ConfigError(
+            f"--resume: {folder} is a checkpoint, not a run folder; give --out_dir {folder.parent}"
+        )
     checkpoint, damaged = world.from_rank_0(lambda: newest_whole(folder))
     if checkpoint is None and folder.is_dir() and any(folder.iterdir()):
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--resume: {folder} is not a run folder; give another --out_dir")
     return checkpoint, damaged
+
+
+def _begun_settings(settings: Settings, device_type: str) -> Settings:
+    """Those of a run that left no checkpoint, by its config.json, and what is given on top.
+
+    Such a run was killed before its first evaluation had ended, or its checkpoints are gone.
+    Raises: ConfigError if the user asks for another preset.
+    """
+    folder = Path(settings.given["out_dir"])
+    if not (folder / "config.json").is_file():
+        return settings
+    content = read_json(folder / "config.json")
+    train, model = read_saved(content, str(folder))
+    preset = content.get("preset", "auto")
+    if settings.preset not in ("auto", preset):
+        raise ConfigError(
+            f"--resume: {folder} was started with --preset {preset}, not {settings.preset}; leave "
+            "--preset out, or give another --out_dir"
+        )
+    preset_train, preset_model = Settings(preset, {}).merged(device_type)
+    defaults = {**dataclasses.asdict(preset_train), **dataclasses.asdict(GPTConfig(**preset_model))}
+    recorded = {**dataclasses.asdict(train), **dataclasses.asdict(model)}
+    del recorded["vocab_size"]  # follows from the text
+    given = {name: value for name, value in recorded.items() if value != defaults[name]}
+    return Settings(preset, {**given, **settings.given})
 
 
 def _resumed_settings(
@@ -235,6 +299,11 @@ def _load(
             model_fields["block_size"] = task.width - 1
     else:
         tokenizer = checkpoint.tokenizer
+        if "imported" in checkpoint.config:
+            raise ConfigError(
+                f"--resume: {checkpoint.folder} was imported, without an optimizer or its text's "
+                f"fingerprint; start from it: --init_from {checkpoint.folder} --out_dir NEW"
+            )
         if text.sha256 != checkpoint.config.get("data", {}).get("sha256"):
             raise ConfigError(
                 f"--resume: {text.source} is not the text this run was trained on; "
@@ -243,6 +312,8 @@ def _load(
     model_config = GPTConfig(**model_fields)
     if world.parallel != "fsdp":  # whose processes share the weights
         memory.check(config, model_config, device)
+        tokens = 1 + config.sample_tokens
+        memory.check_sampling(model_config, device, 1, tokens, "--sample_tokens")
     corpus = task or Corpus.build(
         text,
         tokenizer,
@@ -374,7 +445,11 @@ def train(settings: Settings) -> Path:
         after saving, when interrupted.
     """
     with distributed.join(settings.given) as world:
-        return _train(prepare(settings, world))
+        run = prepare(settings, world)
+        try:
+            return _train(run)
+        finally:
+            run.unlock()
 
 
 def _train(run: Run) -> Path:

@@ -99,8 +99,10 @@ def check_dropout(op: str, dropout_p: float, site: int = 0) -> None:
     """Raises: ValueError unless 0 <= dropout_p, some 16-bit lane survives and site has 32 bits;
     TypeError if they are no numbers."""
     check_number(op, "dropout_p", dropout_p)
-    if not 0 <= dropout_p or dropout_threshold(dropout_p) >= 65536:
+    if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
+    if dropout_threshold(dropout_p) >= 65536:
+        raise ValueError(f"{op}: dropout_p must keep one of 65536 elements; got {dropout_p}")
     if not isinstance(site, int):
         raise TypeError(f"{op}: site must be a whole number; got {site!r}")
     if not 0 <= site < 2**32:

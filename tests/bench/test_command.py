@@ -43,6 +43,8 @@ BAD = {
     "task and question": (["report", "step"], "stands alone"),
     "quick and full": (["--quick", "--full"], "exclude each other"),
     "preset": (["time_to_loss", "--preset", "fast"], "known: "),
+    "target": (["time_to_loss", "--target", "-1"], "--target must be a loss above 0; got -1"),
+    "target nan": (["time_to_loss", "--target", "nan"], "--target must be a loss above 0"),
     "flag": (["--quik"], "did you mean --quick?"),
 }
 

@@ -137,6 +137,16 @@ def test_runs_that_differ_have_a_deviation_and_those_without_a_checkpoint_no_exa
     assert found[4:7] == ["85.0 +- 7.1", "450", "1.8900 +- 0.0141"]
 
 
+def test_where_the_loss_was_not_reached_seconds_are_a_bound():
+    ours, other = run("gptcore", 1, 20.0), run("nanogpt", 1, 60.0) | {"reached": False}
+    assert [(row[4], row[-1]) for row in rows([ours, other])[1:]] == [
+        ("20.0", "1.00"),
+        (">60.0", ">3.00"),
+    ]
+    ours["reached"] = False
+    assert [(row[4], row[-1]) for row in rows([ours, other])[1:]] == [(">20.0", ""), (">60.0", "")]
+
+
 def test_the_report_in_the_repository_is_what_its_records_say(tmp_path):
     folder = Path(bench.__file__).parent
     for path in folder.glob("results/*.json"):

@@ -1,5 +1,6 @@
 """The command lines as a user types them; bad input is one line, the fix, exit 2."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,9 +32,8 @@ def test_training_says_what_to_type_next(train_main, tiny_flags, tmp_path, capsy
     lines = out.splitlines()
     assert lines[-2].split() == ["run", "folder", str(folder)]
     command = lines[-1].split("python -m gptcore ")[1]
-    assert command == f'sample {folder} --start "The"'
-    argv = ["sample", str(folder), "--start", "the", "--max_new_tokens=5"]
-    assert main(argv) == 0
+    assert command.startswith(f"sample {folder} --start ")  # which has no capital T
+    assert main(shlex.split(command)) == 0
 
 
 def test_default_run_folders_are_numbered(train_main, tiny_flags, tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_offline_training_says_so(train_main, tiny_flags, tmp_path, monkeypatch,
         (["--data=/nowhere.txt"], "--data /nowhere.txt: no such file"),
         (["--block_size=1000"], "text shorter than a block"),
         (["--n_heads=2"], "did you mean --n_head?"),
-        (["--dropout=1.5"], "dropout must be below 1; got 1.5"),
+        (["--dropout=1.5"], "dropout must be below 0.99999; got 1.5"),
         (["--device=tpu"], "device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["--device=mps"], "device must be auto, cpu, cuda or cuda:N; got 'mps'"),
         (["--device=cuda:99"], "device cuda:99: torch"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gptcore.__main__ import main
 from gptcore.config import (
     MODEL_NAMES,
     ConfigError,
@@ -117,8 +119,11 @@ def test_model_names_are_those_that_can_be_built():
         (["--bias=maybe"], "argument --bias: must be true or false; got 'maybe'"),
         (["--n_head"], "argument --n_head: expected one argument"),
         (["--block_size=0"], "block_size must be at least 1; got 0"),
-        (["--dropout=1.5"], "dropout must be below 1; got 1.5"),
+        (["--dropout=1.5"], "dropout must be below 0.99999; got 1.5"),
+        (["--dropout=0.999999"], "dropout must be below 0.99999; got 0.999999"),
         (["--dropout=nan"], "dropout must be finite; got nan"),
+        (["--cycle_gamma=1.05"], "cycle_gamma must be at most 1: peaks shrink; got 1.05"),
+        (["--out_dir=a\0b"], "out_dir must not have a null character; got 'a\\x00b'"),
         (["--n_embd=4", "--n_head=8"], "n_embd // n_head must be at least 1"),
         (["--learning_rate=0"], "learning_rate must be above 0; got 0.0"),
         (["--learning_rate=inf"], "learning_rate must be finite; got inf"),
@@ -142,6 +147,23 @@ def test_bad_flags(argv, message):
         settings(*argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('device = ["cpu"]', "device must be text; got ['cpu']"),
+        ("out_dir = 5", "out_dir must be text; got 5"),
+        ('resume = "no"', "resume must be true or false; got 'no'"),
+    ],
+)
+def test_a_file_is_held_to_the_types_before_anything_reads_it(line, message, tmp_path, capsys):
+    (tmp_path / "my.toml").write_text(line + "\n")
+    config = f"--config={tmp_path / 'my.toml'}"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        settings(config)
+    assert main(["sweep", "--grid=n_embd=16,32", config]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,18 @@ def test_freezing_everything_is_refused(start):
         freeze(model, "embeddings")
 
 
+@pytest.mark.parametrize(
+    ("flags", "spec", "message"),
+    [
+        (["--tied_head"], "head", "no head of its own to freeze; its head is the token embedding"),
+        (["--model=bigram"], "blocks:1", "this model has no blocks:1 of its own"),
+    ],
+)
+def test_what_a_model_does_not_have_is_not_frozen(start, flags, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        freeze(start(*flags).model, spec)
+
+
 def test_what_is_frozen_is_fixed_on_resume(tuned):
     run = tuned("--freeze=head", "--max_iters=2")
     learn(run)

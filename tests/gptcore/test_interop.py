@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from gptcore.__main__ import main
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, GPTConfig
+from gptcore.flags import parse_settings
 from gptcore.interop import (
     export_model,
     import_model,
@@ -25,6 +26,7 @@ from gptcore.interop import (
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
 from gptcore.tokenizer import CharTokenizer
+from gptcore.trainer import prepare
 from kernels.verify import compare
 
 V, S, C, H, L = 11, 8, 16, 2, 2
@@ -530,7 +532,7 @@ def test_an_export_replaces_nothing_and_is_whole_or_not_there(notebook, tmp_path
     assert [file.read_bytes() for file in files] == content
 
 
-def test_a_padded_vocabulary_is_imported_by_its_multiple(tmp_path, capsys):
+def test_a_padded_vocabulary_is_imported_by_its_multiple(tmp_path, capsys, monkeypatch):
     """Ten characters in eleven tokens, as --vocab_multiple 11 pads them."""
     torch.save(randomise(NaiveGPT(TINY)).state_dict(), tmp_path / "m.pth")
     (tmp_path / "text.txt").write_text("hello, abcd")
@@ -538,8 +540,15 @@ def test_a_padded_vocabulary_is_imported_by_its_multiple(tmp_path, capsys):
     argv += [f"--data={tmp_path / 'text.txt'}"]
     assert main(argv) == 2
     assert "knows 11 tokens, the tokenizer 10;" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    argv[-1] = "--data=text.txt"
     assert main([*argv, "--vocab_multiple=11"]) == 0
+    monkeypatch.chdir("/")  # where eval finds the text all the same
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "text shorter than a block" in capsys.readouterr().err
     assert open_checkpoint(tmp_path / "run").train.vocab_multiple == 11
+    with pytest.raises(ConfigError, match="was imported, .* start from it: --init_from"):
+        prepare(parse_settings([f"--out_dir={tmp_path / 'run'}", "--resume", "--device=cpu"]))
     assert main(["sample", str(tmp_path / "run"), "--start=h", "--max_new_tokens=50"]) == 0
 
 

@@ -408,6 +408,21 @@ def test_damaged_folders(name, change, message, text, tmp_path, capsys, train_ma
     flags = [f"--data={tmp_path / 'out'}", f"--out_dir={tmp_path / 'run'}"]
     fails(capsys, flags, message, command=train_main)
     assert not (tmp_path / "run").exists()
+    if "damaged" in message:  # and preparing again does not call it whole
+        fails(capsys, ["prepare", text, f"--out_dir={tmp_path / 'out'}"], message)
+
+
+@pytest.mark.parametrize("kind", ["char", "bytes"])
+def test_interrupted_at_once_it_goes_on(kind, text, tmp_path, monkeypatch):
+    command = ["prepare", text, f"--out_dir={tmp_path / 'out'}", f"--tokenizer={kind}"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_texts", interrupt)
+        assert main(command) == 1
+    assert main(command) == 0
 
 
 def test_ids_beyond_the_vocabulary(text, tmp_path):

@@ -122,7 +122,7 @@ def test_trial_names_are_folders_and_differ():
         (["--grid=n_embd=64", "--grid=n_embd=32"], "each once"),
         (["--grid=n_embd=64,big"], "n_embd must be a whole number; got 'big'"),
         (["--grid=n_head=2,0"], "trial n_head=0: n_head must be at least 1"),
-        (["--grid=dropout=0,2"], "trial dropout=2.0: dropout must be below 1"),
+        (["--grid=dropout=0,2"], "trial dropout=2.0: dropout must be below 0.99999"),
         (["--random=learning_rate=log:1e-4:1e-2"], "--trials N, at least 1, goes with --random"),
         (["--grid=n_embd=64", "--trials=3"], "--trials N, at least 1, goes with --random"),
         (["--random=learning_rate=log:0:1", "--trials=2"], "must be log:LOW:HIGH or uniform"),
@@ -306,11 +306,28 @@ def read_by_steps(folder, steps):
     ]
 
 
-def test_a_trial_with_bad_input_ends_the_sweep(tmp_path, capsys, monkeypatch):
-    answer = {"error": "--data x: no such file", "bad_input": True}
-    monkeypatch.setattr(Worker, "run", lambda self, request: answer)
-    assert main(flags_of(tmp_path / "sweep", "--grid=n_embd=16,32")) == 2
-    assert capsys.readouterr().err == "error: trial n_embd=16: --data x: no such file\n"
+def test_a_trial_with_bad_input_is_passed_by_and_tried_again(
+    pretended, tmp_path, capsys, monkeypatch
+):
+    """It keeps no result, and a sweep that goes on may leave it out."""
+    answer, run, folder = {"error": "too long", "bad_input": True}, Worker.run, tmp_path / "sweep"
+    bad = {16, 32}
+    monkeypatch.setattr(
+        Worker,
+        "run",
+        lambda self, request: answer if request["given"]["n_embd"] in bad else run(self, request),
+    )
+    assert main(flags_of(folder, "--grid=n_embd=16,32")) == 2
+    out, err = capsys.readouterr()
+    assert out.count("not run: too long") == 2 and err.startswith("error: no trial could run; ")
+    bad.remove(32)
+    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
+    assert [n for n, _ in pretended] == [32]
+    assert main([*flags_of(folder, "--grid=n_embd=24,32"), "--resume"]) == 0
+    assert [n for n, _ in pretended] == [32, 24]
+    capsys.readouterr()
+    assert main([*flags_of(folder, "--grid=n_embd=24"), "--resume"]) == 2
+    assert "n_embd=32 is missing" in capsys.readouterr().err
 
 
 def test_a_worker_that_dies_is_a_failed_trial(tmp_path):

@@ -5,10 +5,11 @@ import torch
 
 from gptcore import tasks
 from gptcore.__main__ import main
-from gptcore.config import ConfigError, TrainConfig
+from gptcore.config import ConfigError, GPTConfig, TrainConfig
 from gptcore.evaluation import evaluate
 from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
+from gptcore.model import GPT
 from gptcore.tasks import IGNORED, Arithmetic, task_of
 from gptcore.trainer import prepare, train
 from kernels.rng import make_key
@@ -141,6 +142,9 @@ def test_questions_are_read_and_answers_written_for_people():
     for question in ("", "7", "7^5", "123+1", "a+b", "1+2+3", "-1+2", "²+1"):
         with pytest.raises(ConfigError, match="a question must be two numbers"):
             task.prompt(question)
+    assert task.prompt("0/3") == "00/03="
+    with pytest.raises(ConfigError, match="not dividing by 0, such as"):
+        task.prompt("3/00")
     assert task.prompt(task.example())
 
 
@@ -198,8 +202,20 @@ def test_sample_answers_a_question(adder, capsys):
     assert capsys.readouterr().out.startswith("3+4=")
     assert main(["sample", str(adder), "--start=3*4"]) == 2
     assert "a question must be two numbers" in capsys.readouterr().err
+    for flag in ("temperature=0", "num_samples=2", "top_k=3", "stop=x", "max_new_tokens=9"):
+        assert main(["sample", str(adder), "--start=3+4", f"--{flag}"]) == 2
+        assert f"leave --{flag.split('=')[0]} out" in capsys.readouterr().err
     assert main(["eval", str(adder), "--data=arithmetic"]) == 2
     assert "was not trained on arithmetic" in capsys.readouterr().err
+
+
+def test_answers_have_no_padding_of_the_vocabulary():
+    task = Arithmetic("+", 1)
+    config = GPTConfig(vocab_size=64, block_size=task.width - 1, n_layer=1, n_head=1, n_embd=8)
+    model = GPT(config).eval()
+    torch.nn.init.constant_(model.lm_head.bias, 99.0)
+    torch.nn.init.zeros_(model.lm_head.bias[: task.tokenizer.vocab_size])
+    assert task.answer(model, "3+4").startswith("3+4=")
 
 
 def test_a_task_resumes_bit_for_bit(adder, tmp_path):

@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -341,6 +343,90 @@ def test_resume_starts_where_there_is_nothing(train_main, tiny_flags, trained_ru
     assert_same_weights(weights_of(trained_run), weights_of(tmp_path / "new"))
     assert train_main(flags) == 0  # already done: says so again, changes nothing
     assert comparable(tmp_path / "new") == comparable(trained_run)
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "killed"])
+def test_a_run_that_never_finished_an_evaluation_is_resumed_as_itself(
+    stopped, train_main, tiny_flags, trained_run, tmp_path, monkeypatch, capsys
+):
+    """Not as what the flags of the command to go on with alone would be."""
+    folder = tmp_path / "run"
+
+    def interrupt(run, batches):
+        if not stopped:
+            raise SystemExit  # as kill -9 would, nothing is saved
+        run.stop.set()
+        raise evaluation.Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_until_stopped", interrupt)
+        if stopped:
+            assert train_main([*tiny_flags, f"--out_dir={folder}"]) == 1
+            assert f"go on with: python train.py --out_dir {folder}" in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit):
+                train_main([*tiny_flags, f"--out_dir={folder}"])
+    assert (folder / "last").exists() == stopped and not (folder / "best").exists()
+    assert train_main([f"--out_dir={folder}", "--resume", "--preset=cpu"]) == 2
+    assert "was started with --preset baby-cpu, not cpu" in capsys.readouterr().err
+    assert train_main([f"--out_dir={folder}", "--resume"]) == 0
+    assert_same_weights(weights_of(trained_run), weights_of(folder))
+
+
+def test_a_checkpoint_is_no_run_folder(train_main, trained_run, capsys):
+    for name in ("best", "last"):
+        before = (trained_run / name / "config.json").read_bytes()
+        assert train_main([f"--out_dir={trained_run / name}", "--resume"]) == 2
+        message = f"is a checkpoint, not a run folder; give --out_dir {trained_run}\n"
+        assert capsys.readouterr().err.endswith(message)
+        assert (trained_run / name / "config.json").read_bytes() == before
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(
+    train_main, tiny_flags, trained_run, tmp_path, capsys
+):
+    pytest.importorskip("fcntl", reason="locks are POSIX")
+    folder = tmp_path / "run"
+    shutil.copytree(trained_run, folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    argv = [f"--out_dir={folder}", "--resume", "--max_iters=14"]
+    command = [sys.executable, "-c", HOLD, str(folder / "config.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            code = train_main(argv)
+        finally:
+            holder.kill()
+    assert code == 2
+    assert f"another process trains in {folder}; wait for its end" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert train_main(argv) == 0
+
+
+def test_training_holds_its_folder_until_it_ends(prepared):
+    pytest.importorskip("fcntl", reason="locks are POSIX")
+    run = prepared()
+    script = HOLD.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB").replace("600", "0")
+    command = [sys.executable, "-c", script, str(run.folder / "config.json")]
+    assert b"BlockingIOError" in subprocess.run(command, capture_output=True).stderr
+    run.unlock()
+    assert subprocess.run(command, capture_output=True).stdout == b"held\n"
+
+
+def test_a_sample_that_cannot_fit_is_refused_at_the_start(train_main, tiny_flags, tmp_path, capsys):
+    argv = [*tiny_flags, f"--out_dir={tmp_path / 'run'}", "--sample_tokens=100000000000"]
+    assert train_main(argv) == 2
+    assert "free: give a smaller --sample_tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

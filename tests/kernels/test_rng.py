@@ -195,6 +195,7 @@ def test_a_mask_wants_a_key_and_a_site():
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 0.999999, float("nan")])
 def test_bad_probability(p):
-    message = f"dropout_keep_mask: dropout_p must be in [0, 1); got {p}"
+    rule = "keep one of 65536 elements" if 0 < p < 1 else "be in [0, 1)"
+    message = f"dropout_keep_mask: dropout_p must {rule}; got {p}"
     with pytest.raises(ValueError, match=re.escape(message)):
         dropout_keep_mask(make_key(1), 0, 1, 1, 8, p)
