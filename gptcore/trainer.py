@@ -450,6 +450,7 @@ def train(settings: Settings) -> Path:
             return _train(run)
         finally:
             run.unlock()
+            del run  # its engine must end before the processes part
 
 
 def _train(run: Run) -> Path:
