@@ -165,20 +165,9 @@ def _position_gradient_kernel(
         offs_b = start + tl.arange(0, BLOCK_B)
         rows = offs_b.to(tl.int64) * T + t
         dy = _masked_gradient(
-            dy_ptr,
-            key_ptr,
-            rows,
-            (offs_b < B) & (t < T),
-            col,
-            T,
-            C,
-            stride_dm,
-            stride_dc,
-            site,
-            threshold,
-            BLOCK_C,
-            HAS_FIRST,
-        )
+            dy_ptr, key_ptr, rows, (offs_b < B) & (t < T), col, T, C, stride_dm, stride_dc,
+            site, threshold, BLOCK_C, HAS_FIRST,
+        )  # fmt: skip
         total += dy.to(tl.float32)
     cols = col + tl.arange(0, BLOCK_C)
     dposition = (tl.sum(total, 0) * scale).to(dposition_ptr.dtype.element_ty)
@@ -216,20 +205,9 @@ def _token_gradient_one_hot_kernel(
         rows, mask_m = offs_m.to(tl.int64), offs_m < M
         token = tl.load(idx_ptr + rows, mask=mask_m, other=-1)
         dy = _masked_gradient(
-            dy_ptr,
-            key_ptr,
-            rows,
-            mask_m,
-            col,
-            T,
-            C,
-            stride_dm,
-            stride_dc,
-            site,
-            threshold,
-            BLOCK_C,
-            HAS_FIRST,
-        )
+            dy_ptr, key_ptr, rows, mask_m, col, T, C, stride_dm, stride_dc,
+            site, threshold, BLOCK_C, HAS_FIRST,
+        )  # fmt: skip
         one_hot = offs_v[:, None] == token[None, :]
         if INTERPRET:
             total = tl.dot(one_hot.to(tl.float32), dy.to(tl.float32), total)
@@ -274,20 +252,9 @@ def _token_gradient_sorted_kernel(
         place = start + tl.arange(0, BLOCK_M)
         rows = tl.load(order_ptr + place, mask=place < end, other=0)
         dy = _masked_gradient(
-            dy_ptr,
-            key_ptr,
-            rows,
-            place < end,
-            col,
-            T,
-            C,
-            stride_dm,
-            stride_dc,
-            site,
-            threshold,
-            BLOCK_C,
-            HAS_FIRST,
-        )
+            dy_ptr, key_ptr, rows, place < end, col, T, C, stride_dm, stride_dc,
+            site, threshold, BLOCK_C, HAS_FIRST,
+        )  # fmt: skip
         total += dy.to(tl.float32)
     cols = col + tl.arange(0, BLOCK_C)
     dtoken = (tl.sum(total, 0) * scale).to(dtoken_ptr.dtype.element_ty)
