@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from gptcore.config import ConfigError
+from gptcore.evaluation import Evaluation
 from gptcore.files import check_regular
 from gptcore.prepare import Prepared, open_prepared
 from gptcore.tokenizer import Tokenizer, tokenizer_for
@@ -187,6 +188,8 @@ class Corpus:
         eval_tokens: `validation` has no more targets than this; None: all.
     """
 
+    unit = "tokens"  # what `sizes` counts
+
     text: Text | Prepared
     tokenizer: Tokenizer
     train: torch.Tensor
@@ -229,6 +232,22 @@ class Corpus:
     def sizes(self) -> dict[str, int]:
         """How much there is to train and to validate on."""
         return {"train_tokens": len(self.train), "val_tokens": len(self.val)}
+
+    @property
+    def remark(self) -> str:
+        """What there is to say about a corpus that is large."""
+        words = "; too large for the device, batches come from the host" if self.on_host else ""
+        if self.eval_tokens is not None and self.eval_tokens < len(self.val):
+            words += f"; {self.eval_tokens:,} of them, spread evenly, are evaluated (--eval_tokens)"
+        return words
+
+    def extent(self, evaluation: Evaluation) -> tuple[int, int, str]:
+        """How much was evaluated, of how much, and of what."""
+        return evaluation.targets, len(self.val) - 1, "targets"
+
+    def scores(self, evaluation: Evaluation) -> dict[str, float]:
+        """What metrics.jsonl records beside loss and accuracy."""
+        return {}
 
     def example(self) -> str:
         """A word to start a sample with, of characters that the text has; perhaps none."""

@@ -26,12 +26,12 @@ from gptcore import machine
 from gptcore.files import replace_text
 from gptcore.guard import Watch
 from gptcore.optim import learning_rate
-from gptcore.tasks import Arithmetic
 from gptcore.trackers import open_tracker
 
 if TYPE_CHECKING:
     from gptcore.data import Corpus
     from gptcore.evaluation import Evaluation
+    from gptcore.tasks import Arithmetic
     from gptcore.trainer import Run
 
 PLOT_EVERY_S = 60.0
@@ -142,13 +142,13 @@ class Log:
             train_loss=training.loss,
             val_loss=validation.loss,
             val_accuracy=validation.accuracy,
-            **self.exact_match(validation),
+            **run.corpus.scores(validation),
             elapsed_s=run.elapsed_s,
         )
         tqdm.write(
             f"step {run.step}: train loss {training.loss:.4f}, val loss {validation.loss:.4f} "
             f"({self.bits_per_character(validation):.3f} bits per character), "
-            f"accuracy {validation.accuracy:.1%}{self.exact_match_words(validation)}, "
+            f"accuracy {validation.accuracy:.1%}{self.solved(validation)}, "
             f"{run.elapsed_s:.1f} s"
         )
         if time.perf_counter() - self.plotted > PLOT_EVERY_S:
@@ -158,15 +158,10 @@ class Log:
         """The loss in bits, per character whatever the tokens are."""
         return validation.loss / math.log(2) * self.run.corpus.tokens_per_character
 
-    def exact_match(self, validation: Evaluation) -> dict[str, float]:
-        """Of a task, the fraction of held-out problems that are solved."""
-        is_task = isinstance(self.run.corpus, Arithmetic)
-        return {"val_exact_match": validation.exact_match} if is_task else {}
-
-    def exact_match_words(self, validation: Evaluation) -> str:
-        """The same for the terminal."""
-        solved = self.exact_match(validation).values()
-        return "".join(f", {value:.2%} of held-out problems solved" for value in solved)
+    def solved(self, validation: Evaluation) -> str:
+        """Of a task, how much of it, in words."""
+        solved = self.run.corpus.scores(validation).get("val_exact_match")
+        return "" if solved is None else f", {solved:.2%} of held-out problems solved"
 
     def finished(self, validation: Evaluation) -> None:
         """The last lines."""
@@ -178,7 +173,7 @@ class Log:
             step=run.step,
             val_loss=validation.loss,
             val_accuracy=validation.accuracy,
-            **self.exact_match(validation),
+            **run.corpus.scores(validation),
             val_bits_per_character=self.bits_per_character(validation),
             best_val_loss=min(run.best_val_loss, validation.loss),
             best_step=run.best_step,
@@ -194,7 +189,7 @@ class Log:
         print(
             f"{'exact ' if whole else ''}validation loss {validation.loss:.4f} over {extent} "
             f"({self.bits_per_character(validation):.3f} bits per character, "
-            f"accuracy {validation.accuracy:.1%}{self.exact_match_words(validation)}) "
+            f"accuracy {validation.accuracy:.1%}{self.solved(validation)}) "
             f"after {run.step} steps in {run.elapsed_s:.1f} s"
             + (f", peak memory {memory / 2**20:,.0f} MiB" if memory else "")
             + f"\nrun folder  {run.folder}"
@@ -276,22 +271,9 @@ def plot_losses(metrics: Path, image: Path) -> None:
 
 def extent_of(validation: Evaluation, corpus: Corpus | Arithmetic) -> tuple[bool, str]:
     """Whether all there is to validate on was evaluated, and how much that is, in words."""
-    if isinstance(corpus, Arithmetic):
-        count, whole, unit = validation.rows, corpus.held_out, "problems"
-    else:
-        count, whole, unit = validation.targets, len(corpus.val) - 1, "targets"
+    count, whole, unit = corpus.extent(validation)
     of = "" if count == whole else f"of {whole:,} "
     return count == whole, f"{count:,} {of}{unit}"
-
-
-def _where_tokens_are(corpus: Corpus | Arithmetic) -> str:
-    """What there is to say about a corpus that is large."""
-    if isinstance(corpus, Arithmetic):
-        return ""
-    words = "; too large for the device, batches come from the host" if corpus.on_host else ""
-    if corpus.eval_tokens is not None and corpus.eval_tokens < len(corpus.val):
-        words += f"; {corpus.eval_tokens:,} of them, spread evenly, are evaluated (--eval_tokens)"
-    return words
 
 
 def _shared(run: Run) -> str:
@@ -305,14 +287,12 @@ def announce(run: Run, rate: float) -> None:
     config, corpus, shape = run.config, run.corpus, run.model.config
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     train_size, val_size = corpus.sizes.values()
-    unit = "problems" if isinstance(corpus, Arithmetic) else "tokens"
     if corpus.text.note:
         print(f"WARNING: {corpus.text.note}")
     print(
         f"data    {corpus.text.source}: {train_size:,} training and {val_size:,} validation "
-        f"{unit}, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})"
-        + _where_tokens_are(corpus)
-        + "\n"
+        f"{corpus.unit}, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})"
+        f"{corpus.remark}\n"
         f"model   {config.model}, {parameters:,} parameters: {shape.n_layer} layers, "
         f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
         f"device  {machine.describe(run.device)}, matrix products {rate / 1e9:,.0f} GFLOP/s\n"

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from gptcore.config import ConfigError, TrainConfig
 from gptcore.data import Text
+from gptcore.evaluation import Evaluation
 from gptcore.generation import generate
 from gptcore.tokenizer import CharTokenizer
 from kernels.rng import (
@@ -45,7 +46,7 @@ _PRIME = 2654435761  # near 2**32 divided by the golden ratio
 class Arithmetic:
     """Problems a op b with numbers of `digits` digits, leading zeros written.
 
-    It takes the place of `gptcore.data.Corpus`: batch, validation, training_sample, check_block.
+    It takes the place of `gptcore.data.Corpus`.
 
     Args:
         operations: some of "+-*/".
@@ -57,6 +58,8 @@ class Arithmetic:
         width: characters of the longest problem and its new line.
         text: what is drawn, in words.
     """
+
+    unit, remark = "problems", ""  # what `sizes` counts; nothing more to say of it
 
     def __init__(self, operations: str, digits: int, worked_steps: bool = False, device="cpu"):
         if not operations or set(operations) - set("+-*/"):
@@ -206,6 +209,14 @@ class Arithmetic:
         """How many problems there are to train and to validate on."""
         validation = min(self.held_out, VALIDATION_PROBLEMS)
         return {"train_problems": 9 * self.held_out, "val_problems": validation}
+
+    def extent(self, evaluation: Evaluation) -> tuple[int, int, str]:
+        """How much was evaluated, of how much, and of what."""
+        return evaluation.rows, self.held_out, "problems"
+
+    def scores(self, evaluation: Evaluation) -> dict[str, float]:
+        """The fraction of held-out problems that are solved."""
+        return {"val_exact_match": evaluation.exact_match}
 
     @property
     def tokens_per_character(self) -> float:
