@@ -42,7 +42,9 @@ from kernels.command_line import Parser, rerun, table
 
 ALLOWED_RATIO = 2.0
 FEW_ELEMENTS = 16
-WORKER_BYTES = 4 << 30  # of a GPU's memory: CUDA's own, and the largest problem in float64
+# Of processes that share a GPU: how many, for each holds CUDA's own of the host's memory, too; and
+# of the GPU's memory what CUDA and the largest problem in float64 take.
+GPU_WORKERS, WORKER_BYTES = 8, 4 << 30
 # Packages built on the ops; where installed, they add whole-model checks (checks.register_check).
 PLUGINS = ("gptcore.verification",)
 
@@ -226,7 +228,7 @@ def _worker_count(device: torch.device) -> int:
     count = os.cpu_count() or 1
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        count = max(1, min(count, free_bytes // WORKER_BYTES))
+        count = max(1, min(count, GPU_WORKERS, free_bytes // WORKER_BYTES))
     return count
 
 

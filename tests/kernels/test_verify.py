@@ -353,7 +353,7 @@ def test_graphs_replay_on_a_gpu(op):
 def test_a_gpu_is_shared_by_as_many_processes_as_its_memory_and_the_cores_allow(monkeypatch):
     monkeypatch.setattr(verify.os, "cpu_count", lambda: 16)
     assert verify._worker_count(torch.device("cpu")) == 16
-    for free_gib, count in ((130, 16), (15.9, 3), (1, 1)):
+    for free_gib, count in ((130, 8), (15.9, 3), (1, 1)):
         free = int(free_gib * 2**30), 2**40
         monkeypatch.setattr(verify.torch.cuda, "mem_get_info", lambda device, free=free: free)
         assert verify._worker_count(torch.device("cuda")) == count
