@@ -86,16 +86,22 @@ def _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site):
     return attention_eager.SmallAttention.apply(qkv, angles, *options)
 
 
-def _flash(q, k, v, scale, dropout_p):
-    """SDPA where it serves, which draws no dropout in blocks; None elsewhere."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+def _trains(*tensors):
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _sdpa_serves(q, k, v, dropout_p):
+    """Whether SDPA may compute it, which draws no dropout in blocks."""
     # Its backward adds in any order on a GPU, and in half precision on a CPU. Of few queries most
     # gradients would be made twice, and traced ones, which are not, break the 2x rule.
-    exact = q.is_cpu and q.element_size() >= 4 and Tq > 2 * attention_eager.EARLY_KEYS
-    if dropout_p or (trains and not exact):
-        return None
-    if trains:
+    exact = q.is_cpu and q.element_size() >= 4 and q.shape[2] > 2 * attention_eager.EARLY_KEYS
+    return not dropout_p and (exact or not _trains(q, k, v))
+
+
+def _sdpa(q, k, v, scale):
+    """PyTorch's kernel: SDPA's own, or on a CPU, in training, `FlashAttention` around it."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    if _trains(q, k, v):
         # SDPA's forward and backward round scale * q.k differently, unless scale is a power of two:
         # probabilities then miss the sum they are divided by, and gradients break the 2x rule.
         # Multiplied into q, the scale is rounded once.
@@ -305,13 +311,10 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
     if scale <= 0:  # the kernels' running maximum, and SDPA, take a positive one
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     if backend == "eager":
-        if _is_small(q, k) and q.dtype.itemsize >= 4:
+        if _is_small_half(q, k) or (_is_small(q, k) and q.dtype.itemsize >= 4):
             return _small(q, k, v, key, scale, dropout_p, site)
-        o = _flash(q, k, v, scale, dropout_p)
-        if o is not None:
-            return o
-        if _is_small_half(q, k):
-            return _small(q, k, v, key, scale, dropout_p, site)
+        if _sdpa_serves(q, k, v, dropout_p):
+            return _sdpa(q, k, v, scale)
     run = _forward_op if torch.compiler.is_compiling() else _Attention.apply
     return run(q, k, v, key, scale, dropout_p, site, backend)[0]
 
@@ -352,9 +355,7 @@ def causal_attention_qkv(
     if scale <= 0:
         options = {"scale": scale, "dropout_p": dropout_p, "key": key, "site": site}
         return causal_attention(q, k, v, backend=backend, **options).transpose(1, 2)
-    if backend == "eager":
-        o = _flash(q, k, v, scale, dropout_p)
-        if o is not None:
-            return o.transpose(1, 2)
+    if backend == "eager" and _sdpa_serves(q, k, v, dropout_p):
+        return _sdpa(q, k, v, scale).transpose(1, 2)
     run = _forward_qkv_op if torch.compiler.is_compiling() else _AttentionQKV.apply
     return run(qkv, key, scale, dropout_p, site, backend)[0]
