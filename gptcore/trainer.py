@@ -34,17 +34,16 @@ from gptcore.checkpoint import (
     Content,
     Progress,
     named_weights,
-    newest_whole,
     open_checkpoint,
     optimizer_tensors,
     set_aside,
 )
-from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_saved, to_json
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_json
 from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.distributed import ALONE, Vote, World, gather
 from gptcore.evaluation import Stopped, evaluate_exactly, evaluate_splits
-from gptcore.files import read_json, replace_text
-from gptcore.flags import Settings, split_fields
+from gptcore.files import replace_text
+from gptcore.flags import Settings
 from gptcore.generation import generate
 from gptcore.guard import LOOK_EVERY
 from gptcore.log import Log, announce, resume_command, trim_metrics
@@ -52,16 +51,10 @@ from gptcore.model import GPT, build_model
 from gptcore.naive import NaiveGPT
 from gptcore.optim import make_optimizer
 from gptcore.recovery import look, recover
+from gptcore.resume import begun_settings, checkpoint_to_resume, resumed_settings
 from gptcore.step import Step, pick_dtype
 from gptcore.tasks import Arithmetic, task_of
 from gptcore.trackers import check_tracker
-
-# What a resumed run may not change: the weights or the held-out text would no longer be the same.
-FIXED_ON_RESUME = (
-    *("model", "tokenizer", "vocab_multiple", "val_fraction"),
-    *("digits", "operations", "worked_steps", "init_from", "freeze"),
-)
-FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
 
 
 @dataclass
@@ -113,14 +106,14 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     """
     device = world.device or machine.pick_device(settings.given.get("device", "auto"))
     config, model_fields = settings.merged(device.type)
-    checkpoint, damaged = _checkpoint_to_resume(config, world)
+    checkpoint, damaged = checkpoint_to_resume(config, world)
     if checkpoint is None and config.resume:
-        settings = world.from_rank_0(lambda: _begun_settings(settings, device.type))
+        settings = world.from_rank_0(lambda: begun_settings(settings, device.type))
         device = world.device or machine.pick_device(settings.given.get("device", "auto"))
         config, model_fields = settings.merged(device.type)
     preset = settings.resolved_preset(device.type)
     if checkpoint is not None:
-        config, model_fields = _resumed_settings(checkpoint, settings)
+        config, model_fields = resumed_settings(checkpoint, settings)
         preset = checkpoint.config.get("preset", preset)
         device = world.device or machine.pick_device(config.device)
     if device.type == "cpu":
@@ -193,83 +186,6 @@ def _lock(run: Run) -> None:
         ) from error
     except OSError:  # not every file system can
         pass
-
-
-def _checkpoint_to_resume(
-    config: TrainConfig, world: World
-) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """`newest_whole` of --out_dir with --resume; None where the run is to start."""
-    folder = None if config.out_dir is None else Path(config.out_dir)
-    if not config.resume:
-        if world.rank:  # rank 0 may have made it by now
-            return None, {}
-        if folder is not None and folder.is_file():
-            raise ConfigError(f"--out_dir {folder}: a file, not a folder; give another")
-        if folder is not None and folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(
-                f"run folder {folder} exists; add --resume to go on with it, or give another "
-                "--out_dir"
-            )
-        return None, {}
-    if folder is None:
-        raise ConfigError("--resume needs the run folder; add --out_dir")
-    if (folder / "manifest.json").is_file():
-        raise ConfigError(
-            f"--resume: {folder} is a checkpoint, not a run folder; give --out_dir {folder.parent}"
-        )
-    checkpoint, damaged = world.from_rank_0(lambda: newest_whole(folder))
-    if checkpoint is None and folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"--resume: {folder} is not a run folder; give another --out_dir")
-    return checkpoint, damaged
-
-
-def _begun_settings(settings: Settings, device_type: str) -> Settings:
-    """Those of a run that left no checkpoint, by its config.json, and what is given on top.
-
-    Such a run was killed before its first evaluation had ended, or its checkpoints are gone.
-    Raises: ConfigError if the user asks for another preset.
-    """
-    folder = Path(settings.given["out_dir"])
-    if not (folder / "config.json").is_file():
-        return settings
-    content = read_json(folder / "config.json")
-    train, model = read_saved(content, str(folder))
-    preset = content.get("preset", "auto")
-    if settings.preset not in ("auto", preset):
-        raise ConfigError(
-            f"--resume: {folder} was started with --preset {preset}, not {settings.preset}; leave "
-            "--preset out, or give another --out_dir"
-        )
-    preset_train, preset_model = Settings(preset, {}).merged(device_type)
-    defaults = {**dataclasses.asdict(preset_train), **dataclasses.asdict(GPTConfig(**preset_model))}
-    recorded = {**dataclasses.asdict(train), **dataclasses.asdict(model)}
-    del recorded["vocab_size"]  # follows from the text
-    given = {name: value for name, value in recorded.items() if value != defaults[name]}
-    return Settings(preset, {**given, **settings.given})
-
-
-def _resumed_settings(
-    checkpoint: Checkpoint, settings: Settings
-) -> tuple[TrainConfig, dict[str, Any]]:
-    """The checkpoint's settings with what the user gave on top, where that is possible."""
-    train, model = split_fields(settings.given)
-    saved = {**dataclasses.asdict(checkpoint.train), **dataclasses.asdict(checkpoint.model)}
-    fixed = {*FIXED_ON_RESUME, *dataclasses.asdict(checkpoint.model)} - set(FREE_MODEL_FIELDS)
-    for name, value in settings.given.items():
-        if name in fixed and value != saved[name]:
-            raise ConfigError(
-                f"--resume: {name} is {saved[name]!r} in {checkpoint.folder} and cannot become "
-                f"{value!r}; start a new run for that"
-            )
-    started_from = checkpoint.config.get("preset")
-    if settings.preset not in ("auto", started_from):
-        raise ConfigError(
-            f"--resume: {checkpoint.folder} was started with --preset {started_from}, "
-            f"not {settings.preset}; leave --preset out"
-        )
-    train = {"profile": False, **train}  # once is enough
-    return checkpoint.train.replace(**train), {**dataclasses.asdict(checkpoint.model), **model}
 
 
 def _load(
