@@ -252,8 +252,10 @@ def _nanogpt_exact_loss(options: Options, work: Path, corpus) -> float | None:
     loss = tokens = 0
     with torch.no_grad():
         for idx, targets in corpus.validation(64, checkpoint["model_args"]["block_size"]):
-            loss += model(idx, targets.contiguous())[1].item() * targets.numel()
-            tokens += targets.numel()
+            targets = targets.masked_fill(targets < 0, -1)  # what nanoGPT does not count
+            count = (targets >= 0).sum().item()
+            loss += model(idx, targets)[1].item() * count
+            tokens += count
     return loss / tokens
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from gptcore.config import ConfigError
 from gptcore.evaluation import Evaluation
@@ -299,7 +300,8 @@ class Corpus:
         Where there are more than `eval_tokens`, as many whole windows as hold no more, at least
         one, spread evenly, are taken instead.
 
-        Yields idx, targets (<= size, block_size), the last one (1, < block_size) if a tail is left.
+        Yields idx, targets (<= size, block_size). The last one is a single row if a tail is left,
+        whose targets end in -100: kernels for a length of its own would have to be compiled.
         """
         whole = count = (len(self.val) - 1) // block_size
         capped = self.eval_tokens is not None and len(self.val) - 1 > self.eval_tokens
@@ -310,7 +312,8 @@ class Corpus:
             yield self._windows(self.val, rows * whole // count * block_size, block_size)
         tail = self.val[whole * block_size :].long()[None].to(self.device)
         if not capped and tail.shape[1] > 1:
-            yield tail[:, :-1], tail[:, 1:]
+            missing = 0, block_size + 1 - tail.shape[1]
+            yield F.pad(tail[:, :-1], missing), F.pad(tail[:, 1:], missing, value=-100)
 
     def training_sample(self, batches: int, size: int, block_size: int):
         """Yield up to `batches` batches of windows spread evenly over the training split."""

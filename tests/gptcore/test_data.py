@@ -210,10 +210,12 @@ def test_all_token_dtypes_index_alike(kind):
 @pytest.mark.parametrize("block_size", [3, 7, 16, 198])
 def test_validation_counts_every_token_once(corpus, block_size):
     batches = list(corpus.validation(5, block_size))
-    assert torch.cat([targets.flatten() for _, targets in batches]).tolist() == (
-        corpus.val[1:].tolist()
-    )
-    assert torch.cat([idx.flatten() for idx, _ in batches]).tolist() == corpus.val[:-1].tolist()
+    assert {x.shape[1] for batch in batches for x in batch} == {block_size}
+    idx, targets = (torch.cat([x.flatten() for x in xs]) for xs in zip(*batches, strict=True))
+    count = len(corpus.val) - 1
+    assert torch.equal(targets[:count], corpus.val[1:].long())
+    assert torch.equal(idx[:count], corpus.val[:-1].long())
+    assert len(idx) - count < block_size and targets[count:].tolist() == [-100] * (len(idx) - count)
 
 
 def test_training_sample_spans_the_split(corpus):
