@@ -45,7 +45,8 @@ def check_backend(backend: str, device: torch.device) -> None:
     try:
         resolve(f"device {device}", backend, torch.empty(0, device=device))
     except RuntimeError as error:
-        raise ConfigError(f"{error}; give --backend auto") from error
+        works = "eager" if device.type == "cuda" else "auto"
+        raise ConfigError(f"{error}; give --backend {works}") from error
 
 
 def keep_freed_memory() -> bool:

@@ -26,7 +26,7 @@ from kernels.rng import (
     dropout_scale,
     dropout_threshold,
 )
-from kernels.rotary import rotary_qkv
+from kernels.rotary import check_table, rotary_qkv
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -344,6 +344,10 @@ def causal_attention_qkv(
     qkv = qkv.to(autocast_dtype(qkv))
     q, k, v = _heads(qkv)
     backend, scale, dropout_p = _check(op, q, k, v, scale, dropout_p, site, backend)
+    if angles is not None:
+        check_table(op, "angles", qkv, angles, backend)
+    elif normalize:
+        raise ValueError(f"{op}: normalize=True needs angles; got angles=None")
     key = check_key(op, key, qkv.device) if dropout_p else None
     if backend == "eager" and _is_small(q, k):
         return _small_qkv(qkv, angles, normalize, key, scale, dropout_p, site)

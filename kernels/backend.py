@@ -70,8 +70,9 @@ def multiplies_bfloat16() -> bool:
 def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
     """The backend, "triton" or "eager", that `op` runs on for these tensors.
 
-    Raises: ValueError for an unknown backend or tensors on several devices; RuntimeError if an
-    explicitly requested backend cannot run here. There is no silent fallback.
+    "auto" is "triton" on a GPU and "eager" elsewhere.
+    Raises: ValueError for an unknown backend or tensors on several devices; RuntimeError if the
+    backend cannot run here. There is no silent fallback.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -84,10 +85,13 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> str:
         return "eager"
     if _recorder is not None and device_type == "meta":
         return "triton"
-    if backend == "auto":
-        return "triton" if device_type == "cuda" and HAS_TRITON else "eager"
+    if backend == "auto" and device_type != "cuda":
+        return "eager"
     if not HAS_TRITON:
-        raise RuntimeError(f"{op}: backend 'triton' needs the triton package; pip install triton")
+        raise RuntimeError(
+            f"{op}: backend {backend!r} needs the triton package on {device_type}; pip install "
+            "triton, or take the backend 'eager'"
+        )
     if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
         raise RuntimeError(
             f"{op}: backend 'triton' needs CUDA or ROCm tensors, or CPU tensors with "

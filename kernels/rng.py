@@ -170,7 +170,7 @@ def dropout_keep_mask(
         cols: number of columns.
         p: dropout probability in [0, 1).
     Returns: (planes, rows, cols) bool.
-    Raises: ValueError, TypeError on a bad key, site or p.
+    Raises: ValueError, TypeError on a bad key, site, count or p.
     """
     if _source is not None:
         return _source(key, site, planes, rows, cols, p)
@@ -179,8 +179,14 @@ def dropout_keep_mask(
 
 def draw_keep_mask(key, site, planes, rows, cols, p, device=None) -> torch.Tensor:
     """`dropout_keep_mask`, drawn whatever `masks_from` says."""
-    check_dropout("dropout_keep_mask", p, site)
-    check_key("dropout_keep_mask", key, key.device)
+    op = "dropout_keep_mask"
+    check_dropout(op, p, site)
+    if not isinstance(key, torch.Tensor):
+        raise TypeError(f"{op}: key must be an int64 tensor; got {type(key).__name__}")
+    check_key(op, key, key.device)
+    for name, count in (("planes", planes), ("rows", rows), ("cols", cols)):
+        if isinstance(count, int) and count < 0:
+            raise ValueError(f"{op}: {name} must be at least 0; got {count}")
     device = torch.device(device) if device is not None else key.device
     groups = -(-cols // 8)
     planes, rows = _positions(planes, device), _positions(rows, device)

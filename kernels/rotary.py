@@ -28,10 +28,12 @@ def rotary_table(T: int, D: int, *, base: float = 10_000.0, device=None) -> torc
         D: head size, even.
         base: the longest wavelength is about 2 pi base positions.
     Returns: (T, D // 2, 2) float32.
-    Raises: ValueError if D is odd.
+    Raises: ValueError if D is odd, or T or D negative.
     """
-    if D % 2:
-        raise ValueError(f"rotary_table: head size D must be even; got {D}")
+    if D % 2 or D < 0:
+        raise ValueError(f"rotary_table: head size D must be even and not negative; got {D}")
+    if T < 0:
+        raise ValueError(f"rotary_table: T must not be negative; got {T}")
     frequencies = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
     angles = torch.arange(T, dtype=torch.float64)[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()), dim=-1).to(device, torch.float32)
@@ -228,7 +230,7 @@ def rotary_qkv(qkv, table, *, normalize=False, backend="auto"):
     Raises: ValueError on shapes; TypeError on dtypes; RuntimeError if the backend cannot run.
     Source: arXiv:2104.09864 (rotation of neighbouring pairs), arXiv:2010.04245 (normalisation).
     """
-    where = _check(qkv, table, backend)
+    where = check_table("rotary_qkv", "table", qkv, table, backend)
     if where == "triton":
         return _forward_op(qkv, table, normalize)
     if torch.compiler.is_compiling() or transforming():
@@ -236,9 +238,8 @@ def rotary_qkv(qkv, table, *, normalize=False, backend="auto"):
     return _EagerRotary.apply(qkv, table, normalize)
 
 
-def _check(qkv, table, choice) -> str:
-    """The backend, once the arguments obey the rules."""
-    op = "rotary_qkv"
+def check_table(op, name, qkv, table, choice) -> str:
+    """The backend, once the arguments of `op`, which calls its table `name`, obey the rules."""
     if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[-1] % 2 or qkv.shape[-1] == 0:
         raise ValueError(
             f"{op}: qkv must be (B, T, 3, H, D) with an even D; got {tuple(qkv.shape)}"
@@ -246,11 +247,11 @@ def _check(qkv, table, choice) -> str:
     expected = (qkv.shape[1], qkv.shape[-1] // 2, 2)
     if tuple(table.shape) != expected:
         raise ValueError(
-            f"{op}: table must be (T, D // 2, 2), here {expected}; got {tuple(table.shape)}"
+            f"{op}: {name} must be (T, D // 2, 2), here {expected}; got {tuple(table.shape)}"
         )
     if qkv.dtype not in _DTYPES or table.dtype != torch.float32:
         raise TypeError(
-            f"{op}: qkv must be float32, float16, bfloat16 or float64 and table float32; "
+            f"{op}: qkv must be float32, float16, bfloat16 or float64 and {name} float32; "
             f"got {qkv.dtype}, {table.dtype}"
         )
     where = backend.resolve(op, choice, qkv, table)

@@ -666,6 +666,44 @@ def test_bad_packed_input():
         causal_attention_qkv(zeros(2, 4, 2, 3, 8))
 
 
+QKV = zeros(2, 4, 3, 1, 8)
+BAD_ANGLES = {
+    "positions": (
+        (QKV, {"angles": rotary_table(1, 8)}),
+        ValueError,
+        "angles must be (T, D // 2, 2), here (4, 4, 2); got (1, 4, 2)",
+    ),
+    "head size": (
+        (QKV, {"angles": rotary_table(4, 6)}),
+        ValueError,
+        "angles must be (T, D // 2, 2), here (4, 4, 2); got (4, 3, 2)",
+    ),
+    "odd": (
+        (QKV[..., :7], {"angles": rotary_table(4, 6)}),
+        ValueError,
+        "qkv must be (B, T, 3, H, D) with an even D; got (2, 4, 3, 1, 7)",
+    ),
+    "dtype": (
+        (QKV, {"angles": rotary_table(4, 8).double()}),
+        TypeError,
+        "qkv must be float32, float16, bfloat16 or float64 and angles float32; "
+        "got torch.float32, torch.float64",
+    ),
+    "none": (
+        (QKV, {"normalize": True}),
+        ValueError,
+        "normalize=True needs angles; got angles=None",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANGLES)
+def test_bad_angles(case):
+    (qkv, options), error, message = BAD_ANGLES[case]
+    with pytest.raises(error, match=re.escape(f"causal_attention_qkv: {message}")):
+        causal_attention_qkv(qkv, backend="eager", **options)
+
+
 # On a device ------------------------------------------------------------------------------------
 
 

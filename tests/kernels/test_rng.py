@@ -189,8 +189,20 @@ def test_bad_keys(message):
 def test_a_mask_wants_a_key_and_a_site():
     with pytest.raises(TypeError, match="dropout_keep_mask: key must be an int64 tensor"):
         dropout_keep_mask(torch.zeros(2), 0, 1, 1, 8, 0.1)
+    for key in (None, [1, 2]):
+        with pytest.raises(
+            TypeError, match=f"key must be an int64 tensor; got {type(key).__name__}"
+        ):
+            dropout_keep_mask(key, 0, 1, 1, 8, 0.1)
     with pytest.raises(ValueError, match="dropout_keep_mask: site must be in"):
         dropout_keep_mask(make_key(1), -1, 1, 1, 8, 0.1)
+
+
+@pytest.mark.parametrize("name", ["planes", "rows", "cols"])
+def test_a_mask_has_no_negative_size(name):
+    sizes = {"planes": 1, "rows": 1, "cols": 8, name: -1}
+    with pytest.raises(ValueError, match=f"dropout_keep_mask: {name} must be at least 0; got -1"):
+        dropout_keep_mask(make_key(1), 0, *sizes.values(), 0.1)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 0.999999, float("nan")])

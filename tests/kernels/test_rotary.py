@@ -142,8 +142,12 @@ def test_bad_input(shape, rows, dtype, error, words):
 
 
 def test_odd_head_size_has_no_table():
-    with pytest.raises(ValueError, match="rotary_table: .*even; got 7"):
+    with pytest.raises(ValueError, match="rotary_table: .*even and not negative; got 7"):
         rotary_table(4, 7)
+    with pytest.raises(ValueError, match="rotary_table: .*even and not negative; got -2"):
+        rotary_table(4, -2)
+    with pytest.raises(ValueError, match="rotary_table: T must not be negative; got -1"):
+        rotary_table(-1, 8)
 
 
 def test_triton_refuses_float64(device):
