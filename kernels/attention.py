@@ -14,10 +14,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from kernels import attention_eager, attention_kernels
-from kernels.backend import autocast_dtype, resolve, transforming
+from kernels.backend import autocast_dtype, once_differentiable, resolve, traced, transforming
 from kernels.rng import (
     as_bytes,
     check_dropout,
@@ -40,20 +39,16 @@ _SMALL = attention_eager.BLOCK_ELEMENTS  # probabilities
 _HALF_FACTOR, _HALF_KEYS = 8, 512
 
 
-def _traced():
-    return torch.compiler.is_compiling() or transforming()
-
-
 def _is_small(q, k):
     """Whether an eager call needs no blocks."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    return not _traced() and B * H * Tq * Tk <= _SMALL
+    return not traced() and B * H * Tq * Tk <= _SMALL
 
 
 def _is_small_half(q, k):
     """The same where products will be in bfloat16."""
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    if _traced() or Tk > _HALF_KEYS or B * H * Tq * Tk > _HALF_FACTOR * _SMALL:
+    if traced() or Tk > _HALF_KEYS or B * H * Tq * Tk > _HALF_FACTOR * _SMALL:
         return False
     return attention_eager.product_dtype(q.dtype, q.is_cpu) == torch.bfloat16
 
@@ -106,7 +101,7 @@ def _sdpa(q, k, v, scale):
         # probabilities then miss the sum they are divided by, and gradients break the 2x rule.
         # Multiplied into q, the scale is rounded once.
         q, scale = q * scale, 1.0
-        if not _traced():
+        if not traced():
             return attention_eager.FlashAttention.apply(q, k, v)
     mask = None
     if 1 < Tq < Tk:  # SDPA's is_causal aligns top-left
@@ -181,7 +176,7 @@ class _Attention(torch.autograd.Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("causal_attention")
     def backward(ctx, do, _):
         if do is None:
             return (None,) * 8
@@ -196,7 +191,7 @@ class _AttentionQKV(torch.autograd.Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("causal_attention_qkv")
     def backward(ctx, do, _):
         if do is None:
             return (None,) * 6
@@ -264,7 +259,7 @@ def _check(op, q, k, v, scale, dropout_p, site, backend):
         raise TypeError(f"{op}: q, k, v must agree in dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     scale = D**-0.5 if scale is None else scale
     check_number(op, "scale", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite; got {scale}")
     check_dropout(op, dropout_p, site)
     if dropout_threshold(dropout_p) == 0:

@@ -62,6 +62,66 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def faking() -> bool:
+    """Whether new tensors are fake ones, that must not outlive this."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def traced() -> bool:
+    """Whether torch.compile or torch.func looks on, to which an op shows its plain form."""
+    return torch.compiler.is_compiling() or transforming()
+
+
+def once_differentiable(op: str) -> Callable[[Callable], Callable]:
+    """For the backward of `op`, which returns a tuple: to differentiate it again raises.
+
+    torch's decorator of this name raises only where the incoming gradient needs a derivative; what
+    flows through saved tensors alone it takes for 0. This one raises at once, for create_graph=True
+    asks for nothing else, but for torch.func, which always asks for it.
+    """
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        def call(ctx, *gradients):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
+            if not transforming():
+                raise RuntimeError(_no_second_derivative(op))
+            with torch.no_grad():
+                results = backward(ctx, *gradients)
+            origins = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
+            return tuple(x if x is None else _Final.apply(op, x, *origins) for x in results)
+
+        return call
+
+    return decorate
+
+
+def _no_second_derivative(op):
+    return (
+        f"{op}: second derivatives are not implemented; call backward without create_graph=True, "
+        "or compute this in plain PyTorch"
+    )
+
+
+class _Final(torch.autograd.Function):
+    """x itself, whose derivative by `origins`, which it was computed from, is refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, x, *origins):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError(_no_second_derivative(ctx.op))
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

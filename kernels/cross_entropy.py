@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from kernels.backend import autocast_dtype, has_storage, resolve
+from kernels.backend import autocast_dtype, has_storage, once_differentiable, resolve
 from kernels.cross_entropy_kernels import launch_cross_entropy, launch_reduce, launch_scale
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -114,7 +113,7 @@ def _save_cross_entropy(ctx, inputs, output):
     ctx.save_for_backward(factor, dlogits)
 
 
-@once_differentiable
+@once_differentiable("cross_entropy")
 def _cross_entropy_backward(ctx, gradient, *_):
     if gradient is None:
         return (None,) * 5
@@ -253,7 +252,7 @@ def _save_linear_cross_entropy(ctx, inputs, output):
     ctx.gradients = gradients
 
 
-@once_differentiable
+@once_differentiable("linear_cross_entropy")
 def _linear_cross_entropy_backward(ctx, gradient, *_):
     if gradient is None:
         return (None,) * 10

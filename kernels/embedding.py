@@ -14,10 +14,9 @@ the mask again instead of storing it.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from kernels import rng
-from kernels.backend import architecture, jit, launch, resolve, tl
+from kernels.backend import architecture, jit, launch, resolve, tl, traced
 from kernels.layer_norm import keep_rows
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,7 +44,6 @@ class _EagerEmbed(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (idx, keep), dtoken, dposition = ctx.saved_tensors, None, None
         dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
@@ -424,7 +422,6 @@ def _save(ctx, inputs, output):
     ctx.positions = 0 if position_weight is None else position_weight.shape[0]
 
 
-@once_differentiable
 def _embed_backward(ctx, dy):
     idx, key = ctx.saved_tensors
     _, needs_dtoken, needs_dposition, *_ = ctx.needs_input_grad
@@ -481,7 +478,7 @@ def embed(
         shape = torch.Size((*idx.shape, token_weight.shape[1]))
         keep = keep_rows(key, site, shape, dropout_p)
     scale = rng.dropout_scale(dropout_p)
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+    if traced():  # the compiler fuses the plain form
         x = F.embedding(idx, token_weight)
         if position_weight is not None:
             x = x + position_weight[: idx.shape[1]]

@@ -85,11 +85,10 @@ def _row_blocks(*tensors):
 
 
 def _eager_layer_norm(x, weight, bias, eps, y_dtype):
-    # Native mixed precision is low-precision x with float32 parameters, and no other mix.
-    if weight.dtype != x.dtype and (x.dtype.itemsize > 2 or weight.dtype != torch.float32):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    elif bias is not None and bias.dtype != weight.dtype:
-        bias = bias.to(weight.dtype)
+    # A CPU keeps mean and rstd in the dtype of the parameters, whose only mix is of low-precision x
+    # and float32.
+    dtype = torch.float32 if x.is_cpu and x.dtype.itemsize == 2 else x.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     y = F.layer_norm(x, weight.shape, weight, bias, eps)
     return y if y_dtype == y.dtype else y.to(y_dtype)
 
@@ -98,7 +97,7 @@ def _eager_dropout_add(x, residual, dropout_p, key, site):
     if not dropout_p:
         return residual + x
     keep, scale = keep_rows(key, site, x.shape, dropout_p), dropout_scale(dropout_p)
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+    if backend.traced():  # the compiler fuses the plain form
         return torch.add(residual, torch.where(keep, x, 0.0), alpha=scale)
     return _DropoutAdd.apply(x, residual, as_bytes(keep), scale)
 

@@ -33,7 +33,7 @@ def _eager_linear_act(x, weight, bias, activation):
     z = F.linear(x, weight, bias)
     if activation == "gelu":
         return F.gelu(z, approximate="tanh")
-    if torch.compiler.is_compiling() or backend.transforming():
+    if backend.traced():
         return z.relu().square()
     return _SquaredReLU.apply(z)
 
@@ -50,6 +50,8 @@ class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (r,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative has the gate, too, which `r` has passed
+            r = r.relu()
         return (dy * r).mul_(2)
 
 

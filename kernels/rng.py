@@ -18,6 +18,7 @@ absent), so that ranks and micro-batches draw what the whole batch would.
 """
 
 import contextlib
+import contextvars
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from kernels.backend import HAS_TRITON, tl, triton
+from kernels.backend import HAS_TRITON, tl, traced, triton
 from kernels.threads import for_each
 
 PHILOX_ROUNDS = 7
@@ -66,7 +67,7 @@ def draw_key(device=None) -> torch.Tensor:
 
 
 def check_key(op: str, key: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """`key` itself, or a fresh one if None.
+    """`key`, contiguous, or a fresh one if None.
 
     Raises: TypeError, ValueError if it is not a (2,) or (3,) int64 tensor on `device`.
     """
@@ -82,7 +83,7 @@ def check_key(op: str, key: torch.Tensor | None, device: torch.device) -> torch.
         )
     if key.device != device:
         raise ValueError(f"{op}: key must be on {device}; got {key.device}")
-    return key
+    return key.contiguous()
 
 
 def dropout_threshold(p: float) -> int:
@@ -136,18 +137,18 @@ def philox4x32(c0, c1, c2, c3, k0: int, k1: int, rounds: int = PHILOX_ROUNDS):
     return c0, c1, c2, c3
 
 
-_source: Callable[..., torch.Tensor] | None = None
+_source: contextvars.ContextVar[Callable[..., torch.Tensor] | None]
+_source = contextvars.ContextVar("source", default=None)
 
 
 @contextlib.contextmanager
 def masks_from(source: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Within, `dropout_keep_mask` returns source(key, site, planes, rows, cols, p)."""
-    global _source
-    before, _source = _source, source
+    """Here and in this thread `dropout_keep_mask` is source(key, site, planes, rows, cols, p)."""
+    before = _source.set(source)
     try:
         yield
     finally:
-        _source = before
+        _source.reset(before)
 
 
 def dropout_keep_mask(
@@ -172,8 +173,9 @@ def dropout_keep_mask(
     Returns: (planes, rows, cols) bool.
     Raises: ValueError, TypeError on a bad key, site, count or p.
     """
-    if _source is not None:
-        return _source(key, site, planes, rows, cols, p)
+    source = None if torch.compiler.is_compiling() else _source.get()
+    if source is not None:
+        return source(key, site, planes, rows, cols, p)
     return draw_keep_mask(key, site, planes, rows, cols, p, device)
 
 
@@ -190,7 +192,7 @@ def draw_keep_mask(key, site, planes, rows, cols, p, device=None) -> torch.Tenso
     device = torch.device(device) if device is not None else key.device
     groups = -(-cols // 8)
     planes, rows = _positions(planes, device), _positions(rows, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu" and not traced():
         keep = torch.from_numpy(_keep_numpy(key, site, planes.numpy(), rows.numpy(), groups, p))
     else:
         keep = _keep_torch(key.to(device), site, planes, rows, groups, p)
@@ -223,10 +225,11 @@ def _keep_torch(key, site, planes, rows, groups, p):
     keep = torch.empty(len(planes), len(rows), groups * 8, dtype=torch.bool, device=key.device)
     c0 = torch.arange(groups, device=key.device)
     c3 = torch.full((), site, device=key.device)
+    k0, k1 = (key[:2] & _LOW32).unbind()
     threshold = dropout_threshold(p) - 32768
     for window in _windows(len(planes), len(rows), groups):
         c1, c2 = rows[window[1], None], planes[window[0], None, None]
-        words = philox4x32(c0, c1, c2, c3, key[0], key[1])
+        words = philox4x32(c0, c1, c2, c3, k0, k1)
         # Flipping the top bit of each half turns the unsigned comparison into a signed one.
         lanes = (torch.stack(words, dim=-1) ^ 0x80008000).to(torch.int32).view(torch.int16)
         keep[window] = lanes.flatten(-2) >= threshold

@@ -14,7 +14,7 @@ Normalization", arXiv:2010.04245.
 import torch
 
 from kernels import backend
-from kernels.backend import jit, tl, transforming
+from kernels.backend import jit, tl, traced
 
 EPS = 1e-6
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -58,6 +58,14 @@ def _pairs(x):
     return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2))
 
 
+def _turns(table):
+    """table (T, D // 2, 2) as complex numbers (T, D // 2), a view unless its strides forbid one."""
+    places = table.storage_offset(), *table.stride()[:-1]
+    if table.stride(-1) != 1 or any(place % 2 for place in places):
+        table = table.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(table)
+
+
 def turn_(x, table, normalize):
     """Normalise and rotate x (..., T, D), float32 or float64, in place; returns rstd or None.
 
@@ -68,7 +76,7 @@ def turn_(x, table, normalize):
         rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         rstd = rstd.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
         x.mul_(rstd)
-    _pairs(x).mul_(torch.view_as_complex(table))
+    _pairs(x).mul_(_turns(table))
     return rstd
 
 
@@ -81,7 +89,7 @@ def turn_back_(g, y, table, rstd):
     if rstd is not None:
         along = torch.linalg.vecdot(g, y).unsqueeze_(-1).div_(g.shape[-1])
         g.addcmul_(y, along, value=-1).mul_(rstd)
-    _pairs(g).mul_(torch.view_as_complex(table).conj())
+    _pairs(g).mul_(_turns(table).conj())
 
 
 class _EagerRotary(torch.autograd.Function):
@@ -96,7 +104,7 @@ class _EagerRotary(torch.autograd.Function):
         return y.to(qkv.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @backend.once_differentiable("rotary_qkv")
     def backward(ctx, dy):
         y, table, rstd = ctx.saved_tensors
         wide = torch.promote_types(dy.dtype, torch.float32)
@@ -233,7 +241,7 @@ def rotary_qkv(qkv, table, *, normalize=False, backend="auto"):
     where = check_table("rotary_qkv", "table", qkv, table, backend)
     if where == "triton":
         return _forward_op(qkv, table, normalize)
-    if torch.compiler.is_compiling() or transforming():
+    if traced():
         return rotary_reference(qkv, table, normalize=normalize)
     return _EagerRotary.apply(qkv, table, normalize)
 

@@ -5,6 +5,7 @@ core's cache. Where a computation is many small ops on independent pieces, every
 whole pieces and runs their ops alone. Results do not depend on the number of threads.
 """
 
+import contextvars
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,29 +13,18 @@ from typing import Any
 
 import torch
 
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
+_MOST_HELPERS = 1024  # a pool starts a thread only when none is idle
 
 
-def _forget_pool() -> None:
-    """A forked child has none of its parent's threads."""
-    global _pool, _pool_size
-    _pool, _pool_size = None, 0
+def _make_pool() -> None:
+    """Threads each of which runs its ops alone; a forked child has none of its parent's."""
+    global _pool
+    _pool = ThreadPoolExecutor(_MOST_HELPERS, "kernels", torch.set_num_threads, (1,))
 
 
+_make_pool()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _helpers(count: int) -> ThreadPoolExecutor:
-    """At least `count` threads, each of which runs its ops alone."""
-    global _pool, _pool_size
-    if _pool is None or _pool_size < count:
-        if _pool is not None:
-            _pool.shutdown()
-        _pool = ThreadPoolExecutor(count, "kernels", torch.set_num_threads, (1,))
-        _pool_size = count
-    return _pool
+    os.register_at_fork(after_in_child=_make_pool)
 
 
 def for_each(
@@ -64,7 +54,8 @@ def for_each(
         return
     torch.set_num_threads(1)
     try:
-        futures = [_helpers(helpers).submit(take) for _ in range(helpers)]
+        contexts = [contextvars.copy_context() for _ in range(helpers)]
+        futures = [_pool.submit(context.run, take) for context in contexts]
         try:
             take()
         finally:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from kernels import (
     attention,
@@ -484,13 +485,60 @@ def test_autocast(dropout_p, device):
     assert torch.equal(o, expected) and qkv.grad.dtype == torch.float32
 
 
-def test_second_derivative_is_refused(monkeypatch):
+NO_SECOND = "second derivatives are not implemented"
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
+@pytest.mark.parametrize("T", [4, 40], ids="T{}".format)  # from 33 keys on SDPA's kernel serves
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_second_derivative_is_refused(small, T, dropout_p, device, monkeypatch):
+    """Also where none flows through the incoming gradient, which torch would take for 0."""
+    monkeypatch.setattr(attention, "_SMALL", small)
+    tensors = torch.randn(3, 1, 1, T, 8, device=device, requires_grad=True)
+    for function in (packed, causal_attention):
+        loss = function(*tensors, dropout_p=dropout_p).sum()
+        if device.type == "cpu" and small and function is causal_attention:
+            loss.backward(create_graph=True)  # the equation, written plainly, has one
+            continue
+        with pytest.raises(RuntimeError, match=f"causal_attention.*: {NO_SECOND}"):
+            loss.backward(create_graph=True)
+
+
+def test_second_derivative_under_torch_func_is_refused():
+    q, k, v = torch.randn(3, 1, 1, 4, 8)
+
+    def loss(q):
+        return causal_attention(q, k, v).sum()
+
+    for second in (torch.func.jacrev, torch.func.grad):
+        with pytest.raises(RuntimeError, match=f"causal_attention: {NO_SECOND}"):
+            second(lambda q: torch.func.grad(loss)(q).sum())(q)
+
+
+def test_the_compiler_takes_any_scale():
+    q = torch.randn(1, 2, 9, 8)
+    compiled = torch.compile(
+        lambda q, scale: causal_attention(q, q, q, scale=scale), fullgraph=True, backend="aot_eager"
+    )
+    for scale in (0.3, 0.4, 0.5):
+        torch.testing.assert_close(compiled(q, scale), causal_attention(q, q, q, scale=scale))
+
+
+def test_masks_made_for_one_call_fit_the_next(monkeypatch):
+    """What inference or fake tensors left behind is not taken for training."""
     monkeypatch.setattr(attention, "_SMALL", 0)
-    qkv = torch.randn(1, 4, 3, 1, 8, requires_grad=True)
-    o = causal_attention_qkv(qkv, dropout_p=0.2)
-    (gradient,) = torch.autograd.grad(o.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    attention_eager._above_diagonal.cache_clear()
+    q, k = torch.randn(1, 1, 37, 8), torch.randn(1, 1, 41, 8)
+    with torch.inference_mode():
+        attention_eager.above_diagonal(37, 41, q.dtype, q.device)
+    causal_attention(q.requires_grad_(), k, k).sum().backward()
+    attention_eager._above_diagonal.cache_clear()
+    with FakeTensorMode():
+        attention_eager.above_diagonal(37, 41, q.dtype, q.device)
+    causal_attention(q, k, k).sum().backward()
+    with FakeTensorMode():
+        fake = torch.randn(1, 1, 37, 8), torch.randn(1, 1, 41, 8)
+        causal_attention(fake[0].requires_grad_(), fake[1], fake[1]).sum().backward()
 
 
 # Damage: each must turn the 2x rule red ---------------------------------------------------------

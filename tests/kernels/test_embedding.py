@@ -227,6 +227,22 @@ def test_gradcheck():
     weights = [w.requires_grad_() for w in weights]
     options = {"dropout_p": 0.3, "key": make_key(3)}
     assert torch.autograd.gradcheck(lambda t, q: embed(idx, t, q, **options), weights)
+    assert torch.autograd.gradgradcheck(lambda t, q: embed(idx, t, q, **options) ** 3, weights)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids="p{}".format)
+def test_torch_func(dropout_p):
+    idx, weights = make_inputs("cpu", 2, 3, 2, 4, 5)
+    options = {"dropout_p": dropout_p, "key": make_key(3)}
+
+    def loss(token, position):
+        return embed(idx, token, position, **options).square().sum()
+
+    leaves = [w.clone().requires_grad_() for w in weights]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    actual = torch.func.grad(loss, argnums=(0, 1))(*weights)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_opcheck(device):

@@ -361,6 +361,37 @@ def test_gradcheck_of_the_eager_version():
             lambda *t: dropout_add_layer_norm(*t, dropout_p=p, key=key),  # noqa: B023
             [leaf.requires_grad_() for leaf in leaves],
         )
+        assert torch.autograd.gradgradcheck(
+            lambda *t: dropout_add_layer_norm(*t, dropout_p=p, key=key),  # noqa: B023
+            leaves,
+        )
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.4), ids="p{}".format)
+def test_torch_func(dropout_p):
+    x, residual, weight = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5)
+
+    def loss(x, weight):
+        y, new = dropout_add_layer_norm(
+            x, residual, weight, dropout_p=dropout_p, key=make_key(1, 2)
+        )
+        return (y * new).sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    actual = torch.func.grad(loss, argnums=(0, 1))(x, weight)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_a_cpu_saves_statistics_in_float32(dtype):
+    saved = []
+    x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((4, 8), (8,), (8,)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer_norm(x.requires_grad_(), weight, bias, backend="eager")
+    statistics = [t.dtype for t in saved if t.shape == (4, 1)]
+    assert y.dtype == dtype and statistics == [torch.float32] * 2
 
 
 def test_opcheck(device):

@@ -242,6 +242,10 @@ def test_gradcheck_of_the_eager_version():
             lambda *t: linear_act(*t, activation=activation),  # noqa: B023
             leaves,
         )
+        assert torch.autograd.gradgradcheck(
+            lambda *t: linear_act(*t, activation=activation),  # noqa: B023
+            leaves,
+        )
 
 
 @pytest.mark.parametrize("activation", PLAIN)

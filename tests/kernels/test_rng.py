@@ -1,6 +1,7 @@
 """Randomness as a pure function: Philox itself, its three implementations, keys."""
 
 import re
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from kernels import rng
 from kernels.backend import tl, triton
 from kernels.rng import dropout_keep_mask, dropout_scale, dropout_threshold, make_key
+from kernels.threads import for_each
 
 
 def philox_by_hand(counter, key, rounds):
@@ -104,6 +106,51 @@ def test_masks_may_come_from_elsewhere():
         found = dropout_keep_mask(key, 7, 2, 3, 4, 0.5)
     assert len(seen) == 1 and seen[0][1:] == (7, 2, 3, 4, 0.5)
     assert torch.equal(found, dropout_keep_mask(key, 7, 2, 3, 4, 0.5))
+
+
+def test_masks_from_elsewhere_reach_helpers_and_no_other_thread():
+    drawn, key = [], make_key(1, 2)
+
+    def source(*request):
+        drawn.append(threading.current_thread().name)
+        return rng.draw_keep_mask(*request)
+
+    def draw(*_):
+        dropout_keep_mask(key, 7, 2, 3, 4, 0.5)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with rng.masks_from(source):
+            for_each(range(4), draw)
+            stranger = threading.Thread(target=draw, name="stranger")
+            stranger.start()
+            stranger.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(drawn) == 4 and "stranger" not in drawn
+
+
+def test_masks_under_the_compiler():
+    key = make_key(1, 2)
+    compiled = torch.compile(dropout_keep_mask, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(key, 7, 2, 3, 9, 0.5), dropout_keep_mask(key, 7, 2, 3, 9, 0.5))
+
+
+def test_a_key_counts_modulo_its_32_bits():
+    """On every device, as the kernels read it."""
+    key, wrapped = torch.tensor([2**32 + 5, -1]), torch.tensor([5, 2**32 - 1])
+    expected = dropout_keep_mask(wrapped, 7, 2, 3, 9, 0.5)
+    assert torch.equal(dropout_keep_mask(key, 7, 2, 3, 9, 0.5), expected)
+    counts = torch.arange(2), torch.arange(3)
+    assert torch.equal(rng._keep_torch(key, 7, *counts, 2, 0.5)[..., :9], expected)
+
+
+def test_a_key_between_others_is_gathered():
+    """The kernels read it as neighbours."""
+    keys = torch.tensor([[1, 8], [2, 9]])
+    key = rng.check_key("op", keys[:, 0], keys.device)
+    assert key.stride() == (1,) and key.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("quads", [False, True], ids=["natural", "quads"])

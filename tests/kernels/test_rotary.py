@@ -150,6 +150,24 @@ def test_odd_head_size_has_no_table():
         rotary_table(-1, 8)
 
 
+@pytest.mark.parametrize("places", ("odd offset", "odd rows", "apart"))
+def test_a_table_may_lie_anywhere(places):
+    qkv, table = torch.randn(1, 3, 3, 1, 8), rotary_table(3, 8)
+    room = {
+        "odd offset": torch.zeros(25)[1:].view(3, 4, 2),
+        "odd rows": torch.zeros(3, 9)[:, :8].unflatten(1, (4, 2)),
+        "apart": torch.zeros(3, 4, 4)[..., ::2],
+    }[places]
+    assert torch.equal(rotary_qkv(qkv, room.copy_(table)), rotary_qkv(qkv, table))
+
+
+def test_a_second_derivative_is_refused():
+    qkv = torch.randn(1, 3, 3, 1, 8, requires_grad=True)
+    y = rotary_qkv(qkv, rotary_table(3, 8), normalize=True)
+    with pytest.raises(RuntimeError, match="rotary_qkv: second derivatives are not implemented"):
+        torch.autograd.grad(y.sum(), qkv, create_graph=True)
+
+
 def test_triton_refuses_float64(device):
     qkv = torch.zeros(1, 2, 3, 1, 4, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match="float64 needs backend='eager'"):
