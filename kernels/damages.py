@@ -335,7 +335,8 @@ def _run_damaged(damage: Damage) -> None:
         for result in checks.part_results(part, settings):
             if not result.passed:
                 broken = [c.name for c in result.comparisons if not c.passed]
-                detail = ", ".join(broken) or result.detail
+                more = [f"{len(broken) - 4} more"] if len(broken) > 4 else []
+                detail = ", ".join(broken[:4] + more) or result.detail
                 print(json.dumps({"check": result.check, "case": result.case, "detail": detail}))
                 return
     print("{}")

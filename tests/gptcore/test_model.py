@@ -6,9 +6,8 @@ import torch
 from gptcore.config import GPTConfig
 from gptcore.model import GPT, KVCache
 from gptcore.naive import NaiveGPT
-from gptcore.verification import joined, outputs_and_gradients
+from gptcore.verification import compare_models
 from kernels.rng import make_key
-from kernels.verify import compare
 
 BASE = GPTConfig(vocab_size=13, block_size=9, n_layer=2, n_head=2, n_embd=16, backend="eager")
 SHAPES = {
@@ -105,18 +104,41 @@ def test_gpt_equals_naive_in_float64(shape, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gpt_obeys_the_2x_rule_in_float32(shape, dropout):
-    """As near to float64 as the naive model in float32 is: logits, loss, all gradients joined."""
+    """As near to float64 as the naive model in float32 is: logits, loss and every gradient."""
     config, B, T = SHAPES[shape]
-    model, gpt = equivalent_pair(config.replace(dropout=dropout))
-    idx, targets = tokens(config, B, T)
-    key = make_key(11, 3)
-    actual = outputs_and_gradients(gpt, idx, targets, key)
-    plain = outputs_and_gradients(model, idx, targets, key)
-    reference = outputs_and_gradients(model.double(), idx, targets, key)
-    actual, plain = joined(actual, reference), joined(plain, reference)
-    reference = joined(reference, reference)
-    rows = [compare(name, actual[name], plain[name], reference[name]) for name in reference]
+    config = config.replace(dropout=dropout)
+    rows = compare_models(config, B, T, torch.float32, torch.device("cpu"), seed=1)
     assert [str(row) for row in rows if not row.passed] == []
+
+
+COMPILED = [("eager", shape) for shape in ("B2-T9-H2-D8", "gpt2", "rotary-qk_norm-token_shift")]
+
+
+@pytest.mark.parametrize(("backend", "shape"), [*COMPILED, ("triton", "B2-T9-H2-D8")])
+def test_the_whole_model_compiles(backend, shape, device):
+    """In one graph, forward and backward, with dropout."""
+    config, B, T = SHAPES[shape]
+    _, gpt = equivalent_pair(config.replace(dropout=0.2, backend=backend))
+    gpt = gpt.to(device)
+    batch = [x.to(device) for x in (*tokens(config, B, T), make_key(11, 3))]
+    compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+    expected, actual = run(gpt, *batch), run(compiled, *batch)
+    torch.testing.assert_close(actual[:2], expected[:2])
+    assert len(actual[2]) == len(expected[2])
+    for a, b in zip(actual[2].values(), expected[2].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["B2-T9-H2-D8", "rotary-qk_norm-token_shift"])
+def test_torch_func_differentiates_the_whole_model(shape):
+    config, B, T = SHAPES[shape]
+    _, gpt = equivalent_pair(config.replace(dropout=0.2))
+    batch = *tokens(config, B, T), make_key(11, 3)
+    _, _, expected = run(gpt, *batch)
+    weights = {name: p.detach() for name, p in gpt.named_parameters()}
+    gradients = torch.func.grad(lambda w: torch.func.functional_call(gpt, w, batch)[1])(weights)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_return_logits_false_gives_the_same_loss_and_gradients():

@@ -136,6 +136,19 @@ def test_2x_rule(backend, shape, dropout_p, device):
     check_shape(shape, device, seed=1, **options)  # one that takes few draws
 
 
+@pytest.mark.parametrize("Tq", [1, 5, 37])
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_without_gradients_the_output_is_the_same(small, Tq, device, monkeypatch):
+    """SDPA, which then serves on every device and at every length, aligns top-left by itself."""
+    monkeypatch.setattr(attention, "_SMALL", small)
+    *tensors, _ = draw((2, 3, Tq, 37, 16), device)
+    expected = plain_attention(*(x.double() for x in tensors), 0.25, None, 1.0)
+    with torch.no_grad():
+        for function in (causal_attention, packed) if Tq == 37 else (causal_attention,):
+            o = function(*tensors, backend="eager")
+            torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_2x_rule_half(backend, dtype, device):
