@@ -56,6 +56,22 @@ def test_an_error_reaches_the_caller(threads, count):
     assert torch.is_grad_enabled()
 
 
+def test_callers_may_differ_in_their_number_of_threads(threads):
+    done = []
+
+    def call(count):
+        for _ in range(50):
+            torch.set_num_threads(count)
+            for_each(range(count), lambda state, piece: done.append(piece))
+
+    callers = [threading.Thread(target=call, args=(count,)) for count in (2, 3, 4, 5)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(done) == 50 * (2 + 3 + 4 + 5)
+
+
 def test_inference_mode_is_carried_over(threads):
     threads(2)
     modes = []
