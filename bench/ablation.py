@@ -16,11 +16,13 @@ import statistics
 from typing import Any
 
 from bench import render
-from bench.harness import Options
+from bench.harness import Options, Skip
 from bench.time_to_loss import Run, gptcore_run, preset_of
+from gptcore.config import RunError
 
 WHOLE = "whole recipe"
-STEPS = ("--max_iters=400", "--eval_interval=400")
+STEPS = 400
+FLAGS = (f"--max_iters={STEPS}", f"--eval_interval={STEPS}")
 VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
     WHOLE: (),
     "learned positions, no query-key norm": ("--position=learned", "--qk_norm=false"),
@@ -35,28 +37,46 @@ VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
 def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
     """Every variant with every seed, and their table."""
     runs: list[Run] = []
+    absent, broken = {}, []
     for seed in range(options.seeds):
         for variant, flags in VARIANTS.items():
-            run = gptcore_run(options, seed, target=0.0, flags=(*STEPS, *flags))
+            name = f"{variant}, seed {seed}"
+            try:
+                run = gptcore_run(options, seed, target=0.0, flags=(*FLAGS, *flags))
+                if run["steps"] < STEPS:
+                    raise Skip(f"out of time after its evaluation at step {run['steps']}")
+            except (Skip, RunError) as reason:
+                absent[name] = str(reason)
+                broken += [name] if isinstance(reason, RunError) else []
+                print(f"{name} left out: {reason}")
+                continue
             runs.append({**run, "variant": variant})
-            print(f"{variant}, seed {seed}: {run['val_loss']:.4f}, {run['seconds']:.1f} s")
-    title = f"preset {preset_of(options)} and one choice replaced, 400 steps, {options.seeds} seeds"
+            print(f"{name}: {run['val_loss']:.4f}, {run['seconds']:.1f} s")
+    title = f"preset {preset_of(options)} and one choice replaced, {STEPS} steps, "
+    title += f"{options.seeds} seeds"
     rows = table(runs)
     print(f"\n{title}\n{render.align(rows)}")
     return {
         "cases": [],
         "preset": preset_of(options),
         "variants": runs,
+        "absent": absent,
+        "broken": broken,
         "tables": [{"title": title, "rows": rows}],
     }
 
 
 def table(runs: list[Run]) -> list[list[str]]:
-    """One row a variant: its loss, and what taking the choice back costs."""
+    """One row a variant: its loss, and what taking the choice back costs.
+
+    Only seeds count with which the whole recipe, too, came to its end.
+    """
     whole = {run["seed"]: run["val_loss"] for run in runs if run["variant"] == WHOLE}
-    rows = [["", "val loss", "difference", "spread"]]
+    rows = [["", "runs", "val loss", "difference", "spread"]]
     for variant in VARIANTS:
-        group = [run for run in runs if run["variant"] == variant]
+        group = [run for run in runs if run["variant"] == variant and run["seed"] in whole]
+        if not group:
+            continue
         differences = [run["val_loss"] - whole[run["seed"]] for run in group]
         spread = f"{statistics.stdev(differences):.4f}" if len(group) > 1 else "-"
         mean = statistics.mean(run["val_loss"] for run in group)
@@ -65,5 +85,5 @@ def table(runs: list[Run]) -> list[list[str]]:
             losses = [run["val_loss"] for run in group]
             spread = f"{statistics.stdev(losses):.4f}" if len(group) > 1 else "-"
         difference = "" if first else f"{statistics.mean(differences):+.4f}"
-        rows.append([variant, f"{mean:.4f}", difference, spread])
+        rows.append([variant, str(len(group)), f"{mean:.4f}", difference, spread])
     return rows

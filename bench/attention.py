@@ -121,7 +121,7 @@ def sdpa_layer(x, p):
 
 @torch.no_grad()
 def multihead_attention(x, p) -> Bound:
-    """nn.MultiheadAttention with a boolean mask, as one seed calls it."""
+    """nn.MultiheadAttention with a boolean mask; said to be causal, it takes SDPA's causal path."""
     B, T, C = x["x"].shape
     mha = nn.MultiheadAttention(C, _heads(x), dropout=p, bias=False, batch_first=True)
     mha = mha.to(x["x"].device, x["x"].dtype)
@@ -130,7 +130,8 @@ def multihead_attention(x, p) -> Bound:
     mask = torch.ones(T, T, dtype=torch.bool, device=x["x"].device).triu(1)
 
     def forward():
-        return mha(x["x"], x["x"], x["x"], attn_mask=mask, need_weights=False)[0]
+        x3 = x["x"], x["x"], x["x"]
+        return mha(*x3, attn_mask=mask, is_causal=True, need_weights=False)[0]
 
     leaves = {"x": x["x"], "w_qkv": mha.in_proj_weight, "w_out": mha.out_proj.weight}
     return Bound(forward, leaves)

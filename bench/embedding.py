@@ -6,8 +6,8 @@ Question
 Method
     idx (B, T) of V tokens; token table (V, C), position table (T, C); dropout p.
 Formula
-    bytes: the rows of both tables that are used and x forward; dx and both gradients backward;
-    eight bytes an index each way. FLOPs 2 an element each way.
+    bytes: the rows of both tables that are used and x forward; dx and both gradients, of all V
+    rows, backward; eight bytes an index each way. FLOPs 2 an element each way.
 """
 
 import functools
@@ -24,9 +24,9 @@ SITE = 1
 
 def embedding_work(B, T, C, V, itemsize: int, phase: str) -> Work:
     """FLOPs and bytes."""
-    elements = B * T * C + min(V, B * T) * C + T * C
-    passes = 2 if phase == TRAINING else 1
-    return Work(2 * passes * B * T * C, passes * (elements * itemsize + 8 * B * T), B * T)
+    rows = (min(V, B * T), V) if phase == TRAINING else (min(V, B * T),)
+    moved = sum((B * T + n + T) * C * itemsize + 8 * B * T for n in rows)
+    return Work(2 * len(rows) * B * T * C, moved, B * T)
 
 
 def plain_embed(x, p, key):

@@ -90,7 +90,8 @@ def answer(
     timer: Timer | None = None,
 ) -> dict[str, Any]:
     """Times of every kernel, as one table; nothing but a remark where there is no GPU."""
-    content: dict[str, Any] = {"cases": [], "tables": [], "absent": {}, "left_out": []}
+    content: dict[str, Any] = {"cases": [], "tables": [], "absent": {}, "broken": []}
+    content["left_out"] = []
     if timer is None and options.device.type != "cuda":
         content["absent"]["kernels"] = f"runs on a GPU; this is a {options.device.type}"
         print(f"  kernels: {content['absent']['kernels']}")
@@ -107,8 +108,11 @@ def answer(
         try:
             rounds = QUICK_ROUNDS if options.quick else ROUNDS
             times += kernel_times(case, gpu, options.device, timer, rounds)
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # a result, not the end
+        except torch.OutOfMemoryError:
+            content["absent"][f"{case.op} {case.name}"] = "out of memory"
+        except Exception as error:  # a result, not the end
             content["absent"][f"{case.op} {case.name}"] = first_line(error)
+            content["broken"].append(f"{case.op} {case.name}")
     rows = [["", "us", "GB/s", "% of copy"]]
     for time in times:
         rate = time["bytes"] / time["us"] / 1e3

@@ -7,8 +7,8 @@ Method
     as each half of a transformer block does. x (B, T, C).
 Formula
     bytes, in tensors of B T C: norm 2 forward (x, y), 3 backward (x, dy, dx); add 4 forward
-    (x, residual, y, r), 5 backward (dy, dr, r, dx, dresidual). FLOPs are not the limit: 8 an
-    element forward, 16 backward.
+    (x, residual, y, r), 5 backward (dy, dr, r, dx, dresidual), 4 where p = 0 and dx is dresidual.
+    FLOPs are not the limit: 8 an element forward, 16 backward.
 """
 
 import functools
@@ -24,9 +24,9 @@ SITE = 17
 EPS = 1e-5
 
 
-def norm_work(B, T, C, itemsize: int, phase: str, *, add: bool) -> Work:
+def norm_work(B, T, C, itemsize: int, phase: str, *, add: bool, p: float = 0.0) -> Work:
     """FLOPs and bytes."""
-    tensors = (4 if add else 2) + (phase == TRAINING) * (5 if add else 3)
+    tensors = (4 if add else 2) + (phase == TRAINING) * (3 + add + (p > 0))
     flops = 24 if phase == TRAINING else 8
     return Work(flops * B * T * C, tensors * B * T * C * itemsize, B * T)
 
@@ -84,7 +84,7 @@ def cases(options: Options) -> list[Case]:
             op = Op(inputs, plain_add, our_add, {"liger": liger_add}, p)
         else:
             op = Op(inputs, plain_norm, our_norm, {"naive": step_by_step, "liger": liger})
-        work = norm_work(B, T, C, options.dtype.itemsize, phase, add=kind == "add")
+        work = norm_work(B, T, C, options.dtype.itemsize, phase, add=kind == "add", p=p)
         name = f"{kind} B{B}-T{T}-C{C}" + (f" p={p:g}" if kind == "add" else "")
         shape = {"B": B, "T": T, "C": C, "kind": kind}
         return op_case(op, options, name, phase, work, "GB/s", shape=shape, **rest)

@@ -4,9 +4,10 @@ Question
     What is the peak of the allocator over one attention forward and backward, and over one
     training step, and does it grow with T or with T squared?
 Method
-    One call after a warm-up; the most bytes that torch's allocator held at once beyond what it
-    held before (inputs, weights, optimizer state). On CUDA from the allocator's own counters, on
-    the CPU by adding up the profiler's memory events.
+    One call after the warm-ups that its timing has, too; the most bytes that torch's allocator
+    held at once beyond what it held before (inputs, weights, optimizer state). On CUDA from the
+    allocator's own counters, and over all calls but the first: an update that is replayed asks for
+    its memory when it is captured. On the CPU by adding up the profiler's memory events.
 Formula
     MB = 1e6 bytes.
 """
@@ -48,6 +49,19 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
+def warm_peak_bytes(call: Callable[[], Any], warm_ups: int, device: torch.device) -> int:
+    """`peak_bytes` of the call after the warm-ups; on CUDA of all but the first."""
+    first = 1 if device.type == "cuda" else warm_ups
+
+    def rest():
+        for _ in range(warm_ups + 1 - first):
+            call()
+
+    for _ in range(first):
+        call()
+    return peak_bytes(rest, device)
+
+
 def cases(options: Options) -> list[Case]:
     """Attention's sweep over T, then whole steps of growing block size."""
     cuda = options.device.type == "cuda"
@@ -70,7 +84,7 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
     budget = Budget(float("inf") if options.full else options.seconds)
     peaks: dict[str, dict[str, dict[str, float]]] = {}  # kind -> T -> name -> MB
     absent: dict[str, str] = {}
-    left_out = []
+    left_out, broken = [], []
     for case in cases(options):
         kind, T = case.shape["kind"], str(case.shape["T"])
         if budget.left <= 0 and peaks:
@@ -81,14 +95,14 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
                 call = contestant.start()
                 if isinstance(call, SelfTimed):
                     continue
-                call()
-                peak = peak_bytes(call, options.device) / 1e6
+                peak = warm_peak_bytes(call, contestant.warm_ups, options.device) / 1e6
             except Skip as reason:
                 absent[contestant.name] = str(reason)
             except torch.OutOfMemoryError:
                 absent[f"{contestant.name} at T {T}"] = "out of memory"
             except Exception as error:  # a broken peer is a result, not the end
                 absent[contestant.name] = first_line(error)
+                broken += [OURS] if contestant.name == OURS else []
             else:
                 peaks.setdefault(kind, {}).setdefault(T, {})[contestant.name] = peak
         gc.collect()
@@ -111,6 +125,7 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
         "peaks_mb": peaks,
         "tables": tables,
         "absent": absent,
+        "broken": broken,
         "left_out": left_out,
     }
 

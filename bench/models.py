@@ -7,14 +7,15 @@ where they use it. They get one batch for free; gptcore draws its own.
 import contextlib
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bench import peers
-from bench.harness import Options
+from bench.harness import Options, Tensors
 from gptcore.config import GPTConfig, TrainConfig
 from gptcore.model import GPT
 from gptcore.naive import NaiveGPT
@@ -28,6 +29,7 @@ def autocast(model: nn.Module, dtype: torch.dtype):
     return torch.autocast(weight.device.type, dtype)
 
 
+ROWS = 4  # of a batch at once where the naive model judges: it holds all probabilities
 NANOGPT_WIRING = {
     "attention_scale": "head_size",
     "activation": "gelu",
@@ -68,6 +70,7 @@ _ACTIVATIONS = {
     "relu": F.relu,
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
+    "gelu_erf": F.gelu,
 }
 
 
@@ -175,27 +178,6 @@ def loss_of(model: nn.Module, idx: torch.Tensor, targets: torch.Tensor) -> torch
     return model(idx, targets)[1]
 
 
-def logits_of(model: nn.Module, idx: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, V) of any of the models, in evaluation mode.
-
-    GELU by the error function (nanoGPT) is evaluated by tanh, as gptcore and GPT-2 do.
-    """
-    training = model.training
-    gelus = [m for m in model.modules() if isinstance(m, nn.GELU) and m.approximate == "none"]
-    model.eval()
-    for gelu in gelus:
-        gelu.approximate = "tanh"
-    with torch.no_grad():
-        if type(model).__module__.startswith("transformers."):
-            logits = model(input_ids=idx).logits
-        else:  # nanoGPT gives all positions only where there are targets
-            logits = model(idx, idx)[0]
-    for gelu in gelus:
-        gelu.approximate = "none"
-    model.train(training)
-    return logits
-
-
 def plain_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -205,18 +187,21 @@ def plain_step(
     grad_clip: float = 0.0,
     forward: Callable | None = None,
 ) -> Callable[[], None]:
-    """One update as every training script writes it; `forward` stands in for a compiled model."""
+    """One update as nanoGPT's train.py writes it; `forward` stands in for a compiled model.
+
+    Between updates nobody holds gradients.
+    """
     idx, targets = batch
     forward = forward or (lambda idx, targets: loss_of(model, idx, targets))
 
     def step():
-        optimizer.zero_grad(set_to_none=True)
         with autocast(model, dtype):
             loss = forward(idx, targets)
         loss.backward()
         if grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -250,6 +235,58 @@ def nanogpt_step(
 # Peers that a process of their own can time: how one is built from a GPT, and its step.
 BUILD = {"naive": to_naive, "nanogpt": to_nanogpt}
 STEPS = {"naive": naive_step, "nanogpt": nanogpt_step}
+
+
+def reference_gradients(
+    source: GPT, batch: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, *, ours: bool
+) -> tuple[GPT, GPT]:
+    """Gradients of the training loss by the textbook model, and by the naive one in float64.
+
+    They come as the weights of a GPT: what brings the weights of `source` to a peer brings
+    gradients to the peer's names. The textbook model computes in `dtype` as its contestant does,
+    by autocast or, like ours, from weights of that dtype.
+    """
+    plain, naive = batched(source), source.to_naive().train().double()
+    plain = plain.to(dtype) if ours else plain
+    with autocast(plain, dtype):
+        logits = plain(batch[0])[0].float()
+    F.cross_entropy(logits.flatten(0, 1), batch[1].flatten()).backward()
+    for idx, targets in zip(*(tensor.split(ROWS) for tensor in batch), strict=True):
+        (naive(idx, targets)[1] * (len(idx) / len(batch[0]))).backward()
+    with torch.no_grad():
+        for parameter in (*plain.parameters(), *naive.parameters()):
+            parameter.copy_(parameter.grad)
+    return plain.float(), GPT.from_naive(naive)
+
+
+@contextlib.contextmanager
+def handed_over(model: nn.Module) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Gradients and weights of `model` as its optimizer last found them, by name.
+
+    Copies into one place: an update that is captured then makes them as well.
+    """
+    found = {}
+
+    def note(*_):
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                pair = parameter.grad, parameter.detach()
+                kept = found.setdefault(name, tuple(map(torch.empty_like, pair)))
+                for to, tensor in zip(kept, pair, strict=True):
+                    to.copy_(tensor)
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def clipped(gradients: Tensors, most: float) -> Tensors:
+    """`gradients`, scaled to a norm of at most `most`; 0: no limit."""
+    norm = sum(gradient.double().square().sum() for gradient in gradients.values()).sqrt()
+    scale = (most / (norm + 1e-6)).clamp(max=1.0).item() if most else 1.0
+    return {name: gradient * scale for name, gradient in gradients.items()}
 
 
 def reference_logits(source: GPT, idx: torch.Tensor, dtype: torch.dtype):

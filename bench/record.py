@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.worker import is_allocator_variable
 from gptcore.config import ConfigError
 
 SCHEMA = 1
@@ -21,7 +23,10 @@ _FOLDER_FLAGS = ("--nanogpt", "--json", "--plot")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device and versions, without the names of hosts, users or folders."""
+    """Device and versions, without the names of hosts, users or folders.
+
+    allocator_variables: those set here, which peers in processes of their own run without.
+    """
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "liger-kernel", "transformers"):
         try:
@@ -35,6 +40,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "allocator_variables": sorted(filter(is_allocator_variable, os.environ)),
     }
     if device.type == "cuda":
         record["cuda"] = torch.version.cuda or torch.version.hip

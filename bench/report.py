@@ -61,7 +61,7 @@ def section(stem: str, record: Record, pictures: list[Path], folder: Path) -> st
         tables = tables_of(question, content)
         if not content["cases"] and not tables:
             continue
-        lines += [f"### {question}", "", ceilings_line(content["ceilings"]), ""]
+        lines += [f"### {question}", "", ceilings_line(content), ""]
         for case in content["cases"]:
             lines += case_lines(case)
         for table in tables:
@@ -87,10 +87,12 @@ def tables_of(question: str, content: Record) -> list[Record]:
     return [table for table in tables if len(table["rows"]) > 1]
 
 
-def ceilings_line(ceilings: dict[str, float]) -> str:
-    """What the machine did a moment before."""
+def ceilings_line(content: Record) -> str:
+    """What the machine did a moment before and, in records that say so, after."""
+    ceilings = content["ceilings"]
+    when = "before and after, the faster" if "ceilings_measured" in content else "just before"
     return (
-        f"Measured just before: copy {ceilings['copy_gbps']:.3g} GB/s, matrix product "
+        f"Measured {when}: copy {ceilings['copy_gbps']:.3g} GB/s, matrix product "
         f"{ceilings['matmul_tflops']:.3g} TFLOP/s, one call {ceilings['dispatch_us']:.2g} us."
     )
 

@@ -4,10 +4,13 @@ Question
     How long is a step of gptcore as `train.py` runs it, beside the models people would use?
 Method
     Every contestant trains its own copy of a model of the same size, interleaved step by step.
-    gptcore runs its trainer's step, batches included; peers get one batch for free. Before that
-    the logits of each (dropout off) are held against the naive model in float64, peers in their
-    own wiring. nanoGPT's and transformers' models are wired differently (tied head, GELU) and
-    are compared for their size; on a GPU nanoGPT's also compiled, as its train.py does by itself.
+    gptcore runs its trainer's step, batches included; peers get one batch for free. A vocabulary
+    that no characters fill is drawn from evenly. Before that an update of each, dropout off, is
+    held against the naive model in float64, peers in their own wiring: the clipped gradients that
+    the optimizer is given, which must then change every weight; of gptcore it is an update after
+    the warm-ups, replayed where the timed ones are. nanoGPT's and transformers' models are wired
+    differently (tied head, GELU) and are compared for their size; on a GPU nanoGPT's also
+    compiled, as its train.py does by itself.
     On a CPU "naive" and "nanogpt" train in plain Python processes of their own, so that what
     gptcore asks of this one's allocator cannot help them, and in float32, as they are written;
     with --dtype bfloat16 "nanogpt-autocast" shows what that would give nanoGPT.
@@ -16,6 +19,7 @@ Formula
     bytes: AdamW's traffic alone, 28 a parameter; activations depend on who computes.
 """
 
+import copy
 import dataclasses
 import functools
 import shutil
@@ -25,7 +29,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench import models, peers
 from bench.harness import OURS, Case, Check, Contestant, Options, Work, check_tensors
@@ -34,9 +37,11 @@ from bench.worker import worker_of
 from gptcore.config import GPTConfig, TrainConfig
 from gptcore.flags import Settings
 from gptcore.trainer import flops_per_step
+from kernels.checks import Measured, draws_of
 from kernels.rng import make_key
 
 CORPUS_VOCABULARY = 65
+JUDGED_ROWS = 8  # of the batch, on a CPU: float64 takes it minutes
 ADAMW_BYTES = 28  # a parameter: read it, its gradient and both moments, write all but the gradient
 PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", *peers.NANOGPT)
 
@@ -83,33 +88,84 @@ class _Bench:
         weakref.finalize(self, shutil.rmtree, folder)
         self.run = trainer.prepare(size.settings(options, folder))
         self.train, self.source = self.run.config, self.run.model
-        key = make_key(self.train.seed, 0, 0, options.device)
-        block_size = self.source.config.block_size
+        key, config = make_key(self.train.seed, 0, 0, options.device), self.source.config
+        if config.vocab_size > CORPUS_VOCABULARY:  # characters would meet few rows of the tables
+            text = self.run.corpus.train
+            ids = torch.randint(config.vocab_size, text.shape, device=text.device)
+            object.__setattr__(self.run.corpus, "train", ids.to(torch.uint16))  # Step holds it too
+        block_size = config.block_size
         batch = self.run.corpus.batch(key, self.train.batch_size, block_size)
         self.batch = tuple(tensor.long().contiguous() for tensor in batch)
+        rows = JUDGED_ROWS if options.device.type == "cpu" else None
+        self.judged = tuple(tensor[:rows] for tensor in self.batch)
 
     def ours(self) -> Callable[[], Any]:
         from gptcore.trainer import training_step
 
         return functools.partial(training_step, self.run)
 
-    def wired(self, wiring: dict[str, Any]) -> models.GPT:
+    def wired(self, seed: int | None = None, **wiring) -> models.GPT:
         """A gptcore model of this size, wired as a peer is."""
         from gptcore.model import GPT
 
-        torch.manual_seed(self.train.seed)
+        torch.manual_seed(self.train.seed if seed is None else seed)
         with torch.device(self.options.device):
             return GPT(self.source.config.replace(**wiring, init="gpt2"))
 
-    def check(self, model: nn.Module, source: models.GPT, ours: bool = False) -> Check:
-        """Logits of `model` against the naive model with the weights of `source`."""
-        idx, dtype = self.batch[0][:4], self.options.dtype
-        plain, exact = models.reference_logits(source, idx, dtype)
-        with models.autocast(source, dtype):
-            actual = models.logits_of(model, idx)
-        return check_tensors({"logits": actual}, {"logits": plain}, {"logits": exact}, ours=ours)
+    def check_ours(self) -> Check:
+        """An update after the warm-ups, of the one batch."""
+        from gptcore.optim import make_optimizer
+        from gptcore.step import Step
 
-    def adamw(self, model: nn.Module, **extra) -> torch.optim.Optimizer:
+        timed = self.run.update
+        sizes = {"batch_size": len(self.judged[0]), "gradient_accumulation_steps": 1}
+        config = self.train.replace(**sizes)
+
+        def step(model, batch):
+            where = {"device": self.options.device, "dtype": timed.dtype}
+            update = Step(model, make_optimizer(model, config), None, config, **where)
+            update.fetched = {
+                first: tuple(tensor[first : first + rows] for tensor in batch)
+                for first, rows in update.micro_batches
+            }
+            return update
+
+        return self.check(lambda gpt: gpt, step, {}, timed.dtype, config.grad_clip, timed.warm_ups)
+
+    def check(self, build, step, wiring, dtype, clip, warm_ups: int | None = None) -> Check:
+        """The gradients that the optimizer is given, dropout off, against the naive model's.
+
+        Args:
+            build: source -> model with its weights. step: model, batch -> what updates it.
+            warm_ups: of ours, whose model is its source, before the update that is judged.
+        """
+        ours = warm_ups is not None
+
+        def measured(seed: int) -> Measured:
+            source = self.wired(**wiring, dropout=0.0, seed=seed)
+            model = build(source)
+            update = step(model, self.judged)
+            with models.handed_over(model) as found:
+                for _ in range(warm_ups or 0):
+                    update()
+                source = copy.deepcopy(source)
+                update()
+            for name, weight in model.named_parameters():
+                if name not in found or torch.equal(found[name][1], weight):
+                    raise RuntimeError(f"step: an update must change every weight; got {name}")
+            references = models.reference_gradients(source, self.judged, dtype, ours=ours)
+            plain, exact = (
+                models.clipped({n: w.detach() for n, w in build(gpt).named_parameters()}, clip)
+                for gpt in references
+            )
+            exact = {name: gradient.double() for name, gradient in exact.items()}
+            return {name: gradient for name, (gradient, _) in found.items()}, plain, exact
+
+        first = measured(self.train.seed)
+        others = (measured(self.train.seed + i) for i in range(1, draws_of(first[0])))
+        return check_tensors(*first, ours=ours, others=others)
+
+    def adamw(self, model: torch.nn.Module, **extra) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             model.parameters(),
             lr=self.train.learning_rate,
@@ -118,71 +174,71 @@ class _Bench:
             **extra,
         )
 
-    def step(self, model, optimizer, forward=None) -> Callable[[], None]:
-        clip = self.train.grad_clip
-        return models.plain_step(
-            model, optimizer, self.batch, self.options.dtype, grad_clip=clip, forward=forward
-        )
+    def step(self, model, batch, forward=None) -> Callable[[], None]:
+        clip, dtype = self.train.grad_clip, self.options.dtype
+        optimizer = self.adamw(model, fused=True)
+        return models.plain_step(model, optimizer, batch, dtype, grad_clip=clip, forward=forward)
 
 
 def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterator[Contestant]:
     bench = _Bench(size, options)
-    source, update = bench.source, bench.run.update
-    check = functools.partial(bench.check, update.compute, update.compute, ours=True)
-    yield Contestant(OURS, bench.ours, check, update.warm_ups)
+    yield Contestant(OURS, bench.ours, bench.check_ours, bench.run.update.warm_ups)
+    on_cpu, clip = options.device.type == "cpu", bench.train.grad_clip
 
-    def peer(name, build, step):
-        """`build()` -> (model, source of its weights), once, for the check and for the step."""
-        built = functools.cache(build)
-        return Contestant(name, start=lambda: step(built()[0]), check=lambda: bench.check(*built()))
+    def peer(name, build, step, wiring, *, dtype=options.dtype, clip=clip, start=None):
+        """`build(source)` -> model; `step(model, batch)` -> its update; `start(model)`: timed."""
+        check = functools.partial(bench.check, build, step, wiring, dtype, clip)
+        start = start or (lambda model: step(model, bench.batch))
+        return Contestant(name, lambda: start(build(bench.wired(**wiring))), check)
 
-    def fused(model):
-        return bench.step(model, bench.adamw(model, fused=True))
-
-    def compiled(mode, model):
+    def compiled(mode, model, batch):
         peers.require_compiler(options, "compile")
         forward = torch.compile(lambda i, t: models.loss_of(model, i, t), dynamic=False, mode=mode)
-        return bench.step(model, bench.adamw(model, fused=True), forward)
+        return bench.step(model, batch, forward)
 
-    def nanogpt():
-        wired = bench.wired(models.NANOGPT_WIRING)
-        return models.to_nanogpt(wired, options), wired
+    def nanogpt(source):
+        return models.to_nanogpt(source, options)
 
-    def compiled_nanogpt(model):
+    def compiled_nanogpt(model, batch):
         peers.require_compiler(options, "compile")
-        return models.nanogpt_step(model, bench.train, bench.batch, options, torch.compile(model))
+        return models.nanogpt_step(model, bench.train, batch, options, torch.compile(model))
 
-    def transformers():
-        wired = bench.wired(models.GPT2_WIRING)
-        return models.to_transformers(wired, options).train(), wired
+    def transformers(source):
+        return models.to_transformers(source, options).train()
 
-    def stepping(name, wiring, dtype=torch.float32):
-        """Times the step of a model: on a CPU of its twin, in a process of its own, in `dtype`."""
+    def alone(name, build, wiring, *, of, dtype, clip=clip):
+        """Times the step `of`: on a CPU of its twin, in a process of its own."""
+        twin = dataclasses.replace(options, dtype=dtype)
+
+        def step(model, batch):
+            return models.STEPS[of](model, bench.train, batch, twin)
 
         def start(model):
-            if options.device.type != "cpu":
-                return models.STEPS[name](model, bench.train, bench.batch, options)
-            worker, twin = worker_of(f"{name} {dtype}"), dataclasses.replace(options, dtype=dtype)
-            worker.begin(name, source.config.replace(**wiring), bench.train, twin)
+            worker = worker_of(f"{of} {dtype}")
+            worker.begin(of, bench.source.config.replace(**wiring), bench.train, twin)
             return SelfTimed(worker.step_ms)
 
-        return start
+        start = start if on_cpu else None
+        return peer(name, build, step, wiring, dtype=dtype, clip=clip, start=start)
 
+    # nanoGPT's GELU is by the error function.
+    erf = models.NANOGPT_WIRING | {"activation": "gelu_erf"}
+    written = torch.float32 if on_cpu else options.dtype
     contestants = [
-        peer("naive", lambda: (models.to_naive(source), source), stepping("naive", {})),
-        peer("eager", lambda: (models.batched(source), source), fused),
+        alone("naive", models.to_naive, {}, of="naive", dtype=torch.float32, clip=0.0),
+        peer("eager", models.batched, bench.step, {}),
         *(
-            peer(n, lambda: (models.batched(source), source), functools.partial(compiled, m))
-            for n, m in peers.COMPILE_MODES.items()
+            peer(name, models.batched, functools.partial(compiled, mode), {})
+            for name, mode in peers.COMPILE_MODES.items()
         ),
-        peer("transformers", transformers, fused),
-        peer("nanogpt", nanogpt, stepping("nanogpt", models.NANOGPT_WIRING)),
+        peer("transformers", transformers, bench.step, models.GPT2_WIRING),
+        alone("nanogpt", nanogpt, erf, of="nanogpt", dtype=written),
     ]
-    if options.device.type == "cuda":  # where its train.py compiles unless told not to
-        contestants.append(peer("nanogpt-compile", nanogpt, compiled_nanogpt))
+    if not on_cpu:  # where its train.py compiles unless told not to
+        contestants.append(peer("nanogpt-compile", nanogpt, compiled_nanogpt, erf))
     elif options.dtype != torch.float32:
-        autocast = stepping("nanogpt", models.NANOGPT_WIRING, options.dtype)
-        contestants.append(peer("nanogpt-autocast", nanogpt, autocast))
+        autocast = alone("nanogpt-autocast", nanogpt, erf, of="nanogpt", dtype=options.dtype)
+        contestants.append(autocast)
     for contestant in contestants:
         if options.wants(contestant.name) and (only is None or contestant.name in only):
             yield contestant

@@ -18,6 +18,7 @@ Formula
     caches does.
 """
 
+import json
 import os
 import pickle
 import re
@@ -110,8 +111,11 @@ def follow(
 def gptcore_run(
     options: Options, seed: int, target: float | None = None, flags: tuple[str, ...] = ()
 ) -> Run:
-    """One run to the target, by default the question's, or to its end, or to the time allowed."""
-    curve, begun = [], None
+    """One run to the target, by default the question's, or to its end, or to the time allowed.
+
+    Raises: RunError if the run broke short of the target; Skip if nothing was evaluated in time.
+    """
+    curve, begun, dtype, reached = [], None, None, False
     target = target_of(options) if target is None else target
     with tempfile.TemporaryDirectory(prefix="bench-run-") as folder:
         out_dir = Path(folder) / "run"
@@ -123,19 +127,23 @@ def gptcore_run(
             try:
                 for evaluation in follow(out_dir / "metrics.jsonl", process, allowed):
                     begun = evaluation["elapsed_s"] if begun is None else begun
+                    if evaluation["val_loss"] is None:  # was no number
+                        continue
                     curve.append([evaluation["elapsed_s"] - begun, evaluation["val_loss"]])
                     steps = evaluation["step"]
-                    if evaluation["val_loss"] <= target:
+                    reached = evaluation["val_loss"] <= target
+                    if reached:
                         break
             finally:
                 ended = process.poll() is not None
                 _stop(process)
-            if not curve and ended and process.returncode > 0:
+            if ended and process.returncode and not reached:
                 log.seek(0)
-                said = log.read().strip().splitlines()[-1:]
-                raise RunError(f"time_to_loss: train.py must run; got {' '.join(said)}")
+                said = log.read().strip().splitlines() or [f"exit code {process.returncode}"]
+                raise RunError(f"time_to_loss: train.py must run; got {said[-1]}")
             if not curve:
                 raise Skip(f"no evaluation within {allowed:.0f} s")
+            dtype = json.loads((out_dir / "config.json").read_text())["train"]["dtype"]
     seconds, val_loss = curve[-1]
     return {
         "who": OURS,
@@ -143,7 +151,8 @@ def gptcore_run(
         "seconds": seconds,
         "steps": steps,
         "val_loss": val_loss,
-        "reached": val_loss <= target,
+        "reached": reached,
+        "dtype": dtype,
         "curve": curve,
     }
 

@@ -25,14 +25,17 @@ ALLOCATOR_VARIABLES = ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "GLIBC_TUNABLES")
 SETTLE = 3e-3  # seconds; OpenMP's threads look for more work for about one millisecond
 
 
+def is_allocator_variable(name: str) -> bool:
+    """Whether an environment variable makes malloc another one than a plain process has."""
+    return name in ALLOCATOR_VARIABLES or name.startswith("MALLOC_")
+
+
 class Worker:
     """Parent's side: `begin` has the worker build a peer, `step_ms` run one step of it."""
 
     def __init__(self):
         environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ALLOCATOR_VARIABLES and not name.startswith("MALLOC_")
+            name: value for name, value in os.environ.items() if not is_allocator_variable(name)
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker"],

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import types
 
 import pytest
 import torch
 
 from bench import harness, render
 from bench import record as recording
+from bench import run as asking
 from bench.harness import (
     OURS,
     Budget,
@@ -121,7 +123,9 @@ def test_ops_are_replayed_on_a_gpu_and_steps_are_not(flush, monkeypatch):
     assert timed == {OURS: "replay" if flush else "call", "peer": "cannot"}
     reason = "RuntimeError: operation not permitted when stream is capturing"
     assert [r.get("not_replayed") for r in record["results"]] == [None, reason if flush else None]
-    assert (f"peer timed with all that issues it: {reason}" in render.case_text(record)) == flush
+    text = render.case_text(record)
+    assert (f"peer timed with all that issues it: {reason}" in text) == flush
+    assert ["ratio" in r for r in record["results"]] == [True, not flush]  # unlike is not compared
 
 
 def test_a_record_says_rate_limit_and_ratio():
@@ -136,6 +140,22 @@ def test_a_record_says_rate_limit_and_ratio():
 def test_the_limit_is_the_slower_of_memory_and_compute():
     assert limit(Work(1e9, 1e6), CEILINGS) == {"limit_ms": 10.0, "bound": "compute"}
     assert limit(Work(1e6, 1e9), CEILINGS) == {"limit_ms": 100.0, "bound": "memory"}
+
+
+def test_a_question_is_held_against_the_faster_of_two_measurements(monkeypatch):
+    """The machine doubles its copy rate, or loses half of it, while the question is asked."""
+    one, question = a_case(contestant(OURS)), types.ModuleType("question")
+    question.cases = lambda options: [one]
+    for measured in ([10.0, 20.0], [20.0, 10.0]):
+        rates = iter(CEILINGS | {"copy_gbps": rate, "dispatch_us": rate} for rate in measured)
+        monkeypatch.setattr(asking, "ceilings", lambda *_, rates=rates: next(rates))
+        content = asking.ask(question, OPTIONS, Stopwatch(CPU, cache_bytes=0))
+        assert [c["copy_gbps"] for c in content["ceilings_measured"]] == measured
+        assert content["ceilings"] == CEILINGS | {"copy_gbps": 20.0, "dispatch_us": 10.0}
+        (record,) = content["cases"]
+        (result,) = record["results"]
+        assert record["limit_ms"] == pytest.approx(0.05)
+        assert result["percent_of_limit"] == pytest.approx(5 / result["median_ms"])
 
 
 def test_cases_left_out_for_time_are_named():
@@ -337,6 +357,16 @@ def test_a_record_survives_writing_and_reading(tmp_path):
     recording.write(again, path)  # numbers are rounded once, not again
     assert recording.read(path) == again
     assert not list(path.parent.glob("*.partial"))
+
+
+def test_what_peers_run_without_is_said(monkeypatch, capsys):
+    assert recording.environment(CPU)["allocator_variables"] == []
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    record = recording.new([], CPU)
+    assert record["environment"]["allocator_variables"] == ["LD_PRELOAD", "MALLOC_ARENA_MAX"]
+    asking.show_environment(record)
+    assert "WARNING: LD_PRELOAD, MALLOC_ARENA_MAX set: peers" in capsys.readouterr().out
 
 
 def test_a_command_line_names_no_folder_of_this_machine():

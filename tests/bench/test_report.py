@@ -11,6 +11,7 @@ from bench import record as recording
 from bench import render
 from bench.__main__ import main
 from bench.harness import OURS
+from bench.report import ceilings_line
 from bench.time_to_loss import rows
 
 CEILINGS = {"copy_gbps": 12.3, "matmul_tflops": 0.456, "dispatch_us": 7.8}
@@ -154,6 +155,12 @@ def test_the_report_in_the_repository_is_what_its_records_say(tmp_path):
         shutil.copy(path, tmp_path / "results")
     assert main(["report", "--results", str(tmp_path / "results")]) == 0
     assert (tmp_path / "RESULTS.md").read_text() == (folder / "RESULTS.md").read_text()
+
+
+def test_the_report_says_when_ceilings_were_measured():
+    assert ceilings_line({"ceilings": CEILINGS}).startswith("Measured just before: copy 12.3 GB/s")
+    content = {"ceilings": CEILINGS, "ceilings_measured": [CEILINGS, CEILINGS]}
+    assert ceilings_line(content).startswith("Measured before and after, the faster: copy 12.3")
 
 
 def test_the_report_of_an_empty_folder_says_so(tmp_path, capsys):

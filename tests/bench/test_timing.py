@@ -250,6 +250,16 @@ def test_quartiles():
     assert summarise([3.0]) == Summary(3.0, 3.0, 3.0)
 
 
+def test_a_sample_of_many_calls_on_a_gpu_is_the_time_of_one(monkeypatch):
+    event = types.SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 10.0
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    watch = Stopwatch(CPU, cache_bytes=0)
+    watch.device = torch.device("cuda")
+    assert watch.sample(lambda: None, calls=5, cold=False) == 2.0
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     """torch's part of a capture, put on: the log of what was asked of it."""
