@@ -8,6 +8,7 @@ step starts at random_integers(key, SITE_BATCH, r), whatever rank or micro-batch
 
 import contextlib
 import hashlib
+import http.client
 import os
 import tempfile
 import urllib.request
@@ -155,8 +156,11 @@ def _tiny_shakespeare() -> Text:
                 f"{path} is not Tiny Shakespeare: its SHA-256 must be "
                 f"{TINY_SHAKESPEARE_SHA256}; replace it, or give --data {path} to train on it as is"
             )
-    with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_S) as response:
-        raw = response.read()
+    try:
+        with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_S) as response:
+            raw = response.read()
+    except http.client.HTTPException as error:  # a body cut short, or no HTTP at all
+        raise OSError(repr(error)) from error
     if not _is_tiny_shakespeare(raw):
         raise OSError(f"{TINY_SHAKESPEARE_URL} sent {len(raw)} bytes with another SHA-256")
     _cache(cached, raw)

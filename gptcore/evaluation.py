@@ -15,6 +15,7 @@ from torch import nn
 
 from gptcore.config import GPTConfig
 from gptcore.distributed import ALONE, World
+from gptcore.model import evaluating
 from kernels.rng import SITE_EVALUATION, make_key
 
 if TYPE_CHECKING:
@@ -56,10 +57,8 @@ def evaluate(
 
     The processes of `world` share the batches; each gets the result.
     """
-    training = model.training
-    model.eval()
     sums = None
-    try:
+    with evaluating(model):
         for (idx, targets), counts in world.shard(batches):
             logits, loss = model(idx, targets)
             if sums is None:
@@ -72,8 +71,6 @@ def evaluate(
             right = tokens - wrong.sum(), (~wrong.any(1)).sum()  # targets, rows
             sums[:4] += torch.stack((loss.double() * tokens, tokens, *right))
             sums[4] += len(targets)
-    finally:
-        model.train(training)
     loss_sum, tokens, tokens_right, rows_right, rows = world.sum(sums).tolist()
     means = loss_sum / tokens, tokens_right / tokens, rows_right / rows
     return Evaluation(*means, int(tokens), int(rows))

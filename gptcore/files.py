@@ -54,13 +54,18 @@ def check_regular(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all, and on the disk.
+    """`replace_bytes`, in UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write `content` whole or not at all, and on the disk.
 
     Raises: OSError; what was there before is then untouched.
     """
     new = path.with_name(path.name + ".new")
     try:
-        write_text(new, text)
+        write_bytes(new, [content])
     except OSError:
         with contextlib.suppress(OSError):
             new.unlink()

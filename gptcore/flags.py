@@ -50,11 +50,25 @@ class Settings:
     preset: str
     given: dict[str, Any]
 
+    def check(self) -> None:
+        """Raises: ConfigError on an unknown preset or field, or a bad value."""
+        if self.preset not in ("auto", *PRESETS):
+            known = f"; presets: auto, {', '.join(PRESETS)}"
+            raise ConfigError(
+                f"unknown preset {self.preset!r}"
+                + (suggestion(str(self.preset), list(PRESETS)) or known)
+            )
+        for name, value in self.given.items():
+            if name not in FIELDS:
+                raise ConfigError(f"unknown setting {name!r}" + suggestion(name, list(FIELDS)))
+            check_field(FIELDS[name], value)
+
     def merged(self, device_type: str = "cpu") -> tuple[TrainConfig, dict[str, Any]]:
         """TrainConfig, and the fields of GPTConfig that are not its defaults.
 
         Raises: ConfigError.
         """
+        self.check()
         values = {**PRESETS[self.resolved_preset(device_type)], **self.given}
         train, model = split_fields(values)
         GPTConfig(**model)  # refuse an impossible model before any data is read
@@ -189,16 +203,9 @@ def take_settings(arguments: dict[str, Any]) -> Settings:
     file = arguments["config"]
     from_file = read_toml(file) if file is not None else {}
     file_preset = from_file.pop("preset", "auto")
-    preset = arguments["preset"] or file_preset
-    if preset not in ("auto", *PRESETS):
-        raise ConfigError(
-            f"unknown preset {preset!r}"
-            + (suggestion(str(preset), list(PRESETS)) or f"; presets: auto, {', '.join(PRESETS)}")
-        )
-    given = {**from_file, **given}
-    for name, value in given.items():
-        check_field(FIELDS[name], value)
-    return Settings(preset, given)
+    settings = Settings(arguments["preset"] or file_preset, {**from_file, **given})
+    settings.check()
+    return settings
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -14,13 +14,14 @@ is the text of one call.
 
 import functools
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gptcore import decoding
-from gptcore.model import GPT, KVCache
+from gptcore.model import GPT, KVCache, evaluating, is_plain
 from kernels.backend import resolve
 from kernels.rng import SITE_SAMPLE, philox4x32
 
@@ -155,7 +156,8 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         if self.temperature != 1:
-            logits = logits / self.temperature
+            # The largest stays 0 where others overflow; 1 / 1e-30 is a float32.
+            logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
         V, tokens = logits.shape[1], None
         if self.top_k is not None and self.top_k < V:
             logits, tokens = logits.topk(self.top_k)
@@ -237,19 +239,16 @@ class _Run:
             and cuda_graph
             and device.type == "cuda"
             and not torch.is_autocast_enabled("cuda")
+            and is_plain(model)
         )
 
     def __iter__(self) -> Iterator[int]:
         """Fill one column of `out` after the other, each yielded when it is whole."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for t in self._steps():
                 yield t
                 if self.stops and self._stopped(t):
                     return
-        finally:
-            self.model.train(was_training)
 
     def _steps(self):
         columns = range(self.start, self.out.shape[1] if len(self.out) else 0)
@@ -262,8 +261,8 @@ class _Run:
         is_gpt = isinstance(model, GPT)
         if self.cached and columns:
             cache = KVCache(model.config, len(out), out.device, _compute_dtype(model))
-            plain = resolve("generate", model.config.backend, model.lm_head.weight) == "eager"
-            if plain and not torch.is_autocast_enabled(out.device.type):
+            eager = resolve("generate", model.config.backend, out) == "eager"
+            if eager and is_plain(model) and not torch.is_autocast_enabled(out.device.type):
                 step = decoding.plain_step(model, cache)
             else:
                 step = functools.partial(model.next_logits, cache=cache)
@@ -312,7 +311,7 @@ class _Run:
 
 def _compute_dtype(model) -> torch.dtype:
     """The dtype of keys and values: autocast's where it is on, else the weights'."""
-    weight = model.lm_head.weight
+    weight = model.token_embedding.weight
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
@@ -330,7 +329,7 @@ def _prompt(row, device) -> torch.Tensor:
 
 
 def _checked(idx, device) -> torch.Tensor:
-    """idx itself: (B, T) integers on `device`."""
+    """idx, (B, T) integers on `device`, as int64."""
     if not isinstance(idx, torch.Tensor) or idx.is_floating_point() or idx.dtype == torch.bool:
         got = idx.dtype if isinstance(idx, torch.Tensor) else type(idx).__name__
         raise TypeError(f"generate: idx must be a tensor of integers or a list; got {got}")
@@ -338,19 +337,19 @@ def _checked(idx, device) -> torch.Tensor:
         raise ValueError(f"generate: idx must be (B, T); got {tuple(idx.shape)}")
     if idx.device != device:
         raise ValueError(f"generate: idx must be on the model's {device}; got {idx.device}")
-    return idx
+    return idx.long()
 
 
 def _stop_sequences(stop) -> list[torch.Tensor]:
     """The stop sequences as vectors; `stop` is None, one sequence of tokens, or several."""
     if stop is None:
         return []
-    several = isinstance(stop, Sequence) and len(stop) and not isinstance(stop[0], int)
-    stops = [torch.as_tensor(tokens) for tokens in (stop if several else [stop])]
-    for tokens in stops:
-        if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point():
-            raise ValueError(
-                f"generate: stop must be a sequence of at least one token, or several such; "
-                f"got {stop!r}"
-            )
-    return stops
+    several = isinstance(stop, Sequence) and len(stop) and not isinstance(stop[0], numbers.Integral)
+    rule = f"generate: stop must be a sequence of at least one token, or several such; got {stop!r}"
+    try:
+        stops = [torch.as_tensor(tokens) for tokens in (stop if several else [stop])]
+    except (TypeError, ValueError, RuntimeError) as error:  # of text, say
+        raise TypeError(rule) from error
+    if any(x.ndim != 1 or not len(x) or x.is_floating_point() for x in stops):
+        raise ValueError(rule)
+    return [tokens.long() for tokens in stops]

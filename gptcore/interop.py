@@ -67,7 +67,8 @@ def load_notebook(path, **overrides) -> GPT:
     Raises: ConfigError if it is not such a file, or names or shapes do not fit.
     """
     found = _tensors(path, _read_pickle(path))
-    V, C = _matrix(path, found, "token_embedding_table.weight")
+    embedding = "token_embedding_table.weight"
+    V, C = _matrix(path, found, embedding)
     block_size, _ = _matrix(path, found, "position_embedding_table.weight")
     head = "blocks.0.sa.heads.0."
     D, _ = _matrix(path, found, head + "key.weight")
@@ -90,6 +91,8 @@ def load_notebook(path, **overrides) -> GPT:
     model = _shapes_of(NaiveGPT, config)
     expected = model.state_dict()
     _check(path, found, expected, optional=[name for name in expected if name.endswith(".tril")])
+    if config.tied_head and (found["lm_head.weight"] != found[embedding]).any():
+        raise ConfigError(f"{path}: tied_head must be False: lm_head.weight is not {embedding}")
     model = _materialise(model)
     model.load_state_dict(found, strict=False)  # the missing ones are masks, unused below
     with torch.random.fork_rng(devices=[]):  # from_naive initialises before it copies

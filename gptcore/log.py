@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import math
 import shlex
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from gptcore import machine
-from gptcore.files import replace_text
+from gptcore.files import replace_bytes, replace_text
 from gptcore.guard import Watch
 from gptcore.optim import learning_rate
 from gptcore.trackers import open_tracker
@@ -64,7 +65,10 @@ class Log:
 
     @contextlib.contextmanager
     def progress_bar(self):
-        """Steps done, steps a second and the time left; silent where there is no terminal."""
+        """Steps done, steps a second and the time left; silent where there is no terminal.
+
+        Behind them, as of the last train line: loss, tokens a second, MFU and peak memory.
+        """
         run = self.run
         with tqdm(
             total=run.config.max_iters,
@@ -92,6 +96,7 @@ class Log:
         self.restart_clock()
         tokens_per_s = config.sequences * run.model.config.block_size / seconds
         lr = learning_rate(run.step - 1, config)
+        mfu, memory = self.step_seconds_at_rate / seconds, machine.peak_memory_bytes(run.device)
         self.write(
             kind="train",
             step=run.step,
@@ -99,9 +104,13 @@ class Log:
             lr=lr,
             step_ms=1e3 * seconds,
             tokens_per_s=tokens_per_s,
-            mfu=self.step_seconds_at_rate / seconds,
+            mfu=mfu,
         )
-        self.bar.set_postfix_str(f"loss {value:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {value:.3f}, {tokens_per_s:,.0f} tokens/s, MFU {mfu:.0%}"
+            + (f", {memory / 2**20:,.0f} MiB" if memory else ""),
+            refresh=False,
+        )
 
     def look(self) -> list[int]:
         """Record and show what the guard saw since the last look; returns the updates skipped.
@@ -264,7 +273,9 @@ def plot_losses(metrics: Path, image: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(image, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120)
+    replace_bytes(image, content.getvalue())
     del figure, axes
     gc.collect()  # what a figure leaves is a megabyte in cycles
 

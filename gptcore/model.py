@@ -4,13 +4,15 @@ embed -> LN -> [ GEMM -> attention -> GEMM -> dropout+add+LN
                  -> GEMM+activation -> GEMM -> dropout+add+LN of what follows ] x n_layer -> head
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from gptcore import naive
 from gptcore.config import GPTConfig
@@ -165,13 +167,13 @@ class GPT(nn.Module):
             key: (2,) or (3,) int64 of `kernels.rng`; drawn from torch's generator if None.
             return_logits: False, with targets, never holds the logits; they come back as None.
         Returns: logits (B, T, V) or None, scalar loss or None.
-        Raises: ValueError if T exceeds block_size.
+        Raises: ValueError unless idx is (B, T) with T in 1..block_size.
         """
         y = self.hidden(idx, key)
         head, backend = self.lm_head, self.config.backend
         if targets is not None and not return_logits:
             return None, linear_cross_entropy(y, head.weight, head.bias, targets, backend=backend)
-        logits = F.linear(y, head.weight, head.bias)
+        logits = head(y)
         if targets is None:
             return logits, None
         return logits, cross_entropy(logits, targets, backend=backend)
@@ -188,6 +190,8 @@ class GPT(nn.Module):
         block computes nothing else but its keys and values.
         """
         config = self.config
+        if idx.ndim != 2 or not idx.shape[1]:
+            raise ValueError(f"GPT: idx must be (B, T), T at least 1; got {tuple(idx.shape)}")
         B, T = idx.shape
         position = cache.length if cache is not None else 0
         if position + T > config.block_size:
@@ -261,7 +265,7 @@ class GPT(nn.Module):
         config = self.config
         attend = causal_attention if cache is None else functools.partial(cache.attend, layer)
         options = {"scale": config.scale, "backend": config.backend}
-        if angles is not None:
+        if angles is not None or not is_plain(block.qkv):
             q, k, v = self._qkv(block, y, angles).permute(2, 0, 3, 1, 4)
             return attend(q[:, :, -1:], k, v, **options).transpose(1, 2).flatten(-2)
         heads = (config.n_head, config.D)
@@ -313,6 +317,38 @@ class GPT(nn.Module):
             model = naive.NaiveGPT(self.config).to(weight.dtype)
         _copy_weights(model, self, to_naive=True)
         return model.train(self.training)
+
+
+_PLAIN = (
+    *(GPT, Block, RotaryTable, ActivatedLinear),
+    *(nn.ModuleList, nn.Linear, nn.LayerNorm, nn.Embedding),
+)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the parameters of `module` alone say what it and the modules in it compute.
+
+    Not those of a LoRA wrapper, of another class in the place of ours, or under forward hooks.
+    """
+    return not _has_any_global_hook() and all(
+        type(part) in _PLAIN
+        and not part._forward_hooks
+        and not part._forward_pre_hooks
+        and "forward" not in vars(part)
+        for part in module.modules()
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

@@ -40,10 +40,15 @@ class Tokenizer:
         return "".join(self.decode_stream(tokens))
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield text as soon as whole characters are there, one piece a token, then the rest."""
+        """Yield text as soon as whole characters are there, one piece a token, then the rest.
+
+        Raises: ConfigError on a token outside the vocabulary.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in tokens:
-            yield decoder.decode(self.token_bytes(int(token)))
+        for token in map(int, tokens):
+            if not 0 <= token < self.vocab_size:
+                raise ConfigError(f"decode: tokens must be in [0, {self.vocab_size}); got {token}")
+            yield decoder.decode(self.token_bytes(token))
         yield decoder.decode(b"", final=True)
 
 

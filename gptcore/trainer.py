@@ -79,7 +79,7 @@ class Run:
     rolled_back: list[int] = field(default_factory=list)  # the steps it went back to
     stop: threading.Event = field(default_factory=threading.Event)  # save and leave, said a signal
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
-    unlock: Callable[[], None] = lambda: None  # lets other processes train in `folder`
+    unlock: Callable[[], None] = lambda: None  # lets others train in `folder`
 
     def __post_init__(self):
         self.vote = Vote(self.world)
@@ -154,7 +154,8 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         run.saved = run.step, run.evaluated_step
     if world.rank:
         return run
-    with _disk_errors(run):
+    with _disk_errors(run), contextlib.ExitStack() as on_error:
+        on_error.callback(lambda: run.unlock())
         _lock(run)
         if damaged:
             told = [f"{why}, set aside as {set_aside(path)}" for path, why in damaged.items()]
@@ -164,11 +165,12 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         _lock(run)  # the file is another one now
         step = -1 if checkpoint is None else run.step
         trim_metrics(run.folder / "metrics.jsonl", step, run.evaluated_step)
+        on_error.pop_all()
     return run
 
 
 def _lock(run: Run) -> None:
-    """Lock config.json of the run folder against other processes, until `run.unlock()`.
+    """Lock config.json of the run folder against other processes and threads, to `run.unlock()`.
 
     Raises: ConfigError if another one trains there.
     """
@@ -179,10 +181,11 @@ def _lock(run: Run) -> None:
     file = os.open(path, os.O_RDWR)
     run.unlock = weakref.finalize(run, os.close, file)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise ConfigError(
-            f"another process trains in {run.folder}; wait for its end, or give another --out_dir"
+            f"another process or thread trains in {run.folder}; wait for its end, or give another "
+            "--out_dir"
         ) from error
     except OSError:  # not every file system can
         pass
@@ -360,13 +363,25 @@ def train(settings: Settings) -> Path:
         gradient is not finite, as --on_nonfinite says, or the disk refuses; KeyboardInterrupt
         after saving, when interrupted.
     """
-    with distributed.join(settings.given) as world:
+    with _torch_as_it_comes(), distributed.join(settings.given) as world:
         run = prepare(settings, world)
         try:
             return _train(run)
         finally:
             run.unlock()
             del run  # its engine must end before the processes part
+
+
+@contextlib.contextmanager
+def _torch_as_it_comes() -> Iterator[None]:
+    """float32 and gradients, whatever the caller has asked of torch."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False):  # which ends no_grad, too
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _train(run: Run) -> Path:

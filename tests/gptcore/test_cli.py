@@ -127,6 +127,7 @@ def test_a_backend_that_cannot_run_here(
     run = prepared("--backend=triton", "--dtype=float32", "--max_iters=0")
     trainer.save(run, "best", "last")
     run.writer.wait()
+    run.unlock()
     monkeypatch.setattr(backend, "_INTERPRETING", False)
     other, folder = tmp_path / "other", str(run.folder)
     for command, argv in (

@@ -1,6 +1,7 @@
 """Where texts come from, and batches as a pure function of (seed, step)."""
 
 import hashlib
+import http.client
 import io
 import os
 import urllib.error
@@ -98,6 +99,28 @@ def test_a_download_with_another_checksum_is_not_used(no_sources, fake_shakespea
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>"))
     assert "another SHA-256" in load_text("auto").note
     assert not (data.cache_dir() / "tinyshakespeare.txt").exists()
+
+
+@pytest.mark.parametrize("what", ["body cut short", "no status line"])
+def test_a_broken_download_is_not_used(no_sources, fake_shakespeare, monkeypatch, what):
+    """What http.client raises then is no OSError."""
+
+    class Response(io.BytesIO):
+        def read(self):
+            raise http.client.IncompleteRead(FAKE[:9].encode(), len(FAKE) - 9)
+
+    def urlopen(url, timeout):
+        if what == "no status line":
+            raise http.client.BadStatusLine("garbage")
+        return Response()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    text = load_text("auto")
+    assert text.source == "pydoc_data.topics"
+    assert ("IncompleteRead" if what == "body cut short" else "garbage") in text.note
+    with pytest.raises(ConfigError, match="cannot be downloaded"):
+        load_text("tinyshakespeare")
+    assert not data.cache_dir().exists()
 
 
 def test_data_folder_is_used_and_checked(no_sources, fake_shakespeare, monkeypatch, tmp_path):

@@ -52,6 +52,7 @@ def start(tiny_flags, tmp_path):
 
 def learn(run, *more) -> dict[str, torch.Tensor]:
     """Train with the flags of `run`; the last weights."""
+    run.unlock()
     train(parse_settings([*run.flags, "--resume", *more]))
     return load_file(run.folder / "last" / "model.safetensors")
 

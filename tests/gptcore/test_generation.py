@@ -249,6 +249,83 @@ def test_stop_looks_at_generated_tokens_only(pair):
     assert generate(gpt, [[1], long], stop=[5, 6], **options)[1].tolist() == alone
 
 
+class LowRank(torch.nn.Module):
+    """A LoRA wrapper, with a `weight` that does not say what it computes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+        out, C = linear.weight.shape
+        self.down = torch.nn.Parameter(torch.randn(1, C, dtype=torch.float64))
+        self.up = torch.nn.Parameter(torch.randn(out, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.linear(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+def changed_by(how, gpt):
+    """Make the model compute something else than its parameters say."""
+    qkv, head = gpt.blocks[-1].qkv, gpt.lm_head
+    if how == "wrapper":
+        gpt.blocks[-1].qkv, gpt.lm_head = LowRank(qkv), LowRank(head)
+    elif how == "hook":
+        head.register_forward_hook(lambda module, args, y: -y)
+        qkv.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
+    elif how == "forward":
+        qkv.forward = lambda x: -F.linear(x, qkv.weight, qkv.bias)
+    else:
+
+        def negated(module, args, y):
+            return -y if module is qkv or module is head else None
+
+        return torch.nn.modules.module.register_module_forward_hook(negated)
+
+
+@pytest.mark.parametrize("how", ["wrapper", "hook", "forward", "global hook"])
+def test_what_wraps_a_module_is_heeded(pair, how):
+    """With every token, as in the loop that calls the model."""
+    gpt, options = pair[1], {"max_new_tokens": 12, "temperature": 0.0}
+    before = generate(gpt, prompts(3, 3), **options)
+    hook = changed_by(how, gpt)
+    try:
+        expected = notebooks_loop(gpt, prompts(3, 3), 12, lambda x, _: x.argmax(-1, keepdim=True))
+        assert torch.equal(generate(gpt, prompts(3, 3), **options), expected)
+    finally:
+        if hook is not None:
+            hook.remove()
+    assert not torch.equal(expected, before)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+def test_tokens_may_be_of_any_dtype_a_tokenizer_gives(pair, dtype):
+    _, gpt = pair
+    options = {"max_new_tokens": 12, "seed": 3}
+    whole = generate(gpt, prompts(1, 2), **options)
+    idx = prompts(1, 2).to(getattr(torch, dtype))
+    assert torch.equal(generate(gpt, idx, **options), whole)
+    assert generate(gpt, [idx[0].numpy()], **options)[0].tolist() == whole[0].tolist()
+    stop = whole[0, 4:6].numpy().astype(dtype)
+    cut = generate(gpt, prompts(1, 2), stop=stop.tolist(), **options)
+    assert 4 <= cut.shape[1] < whole.shape[1]
+    for same in (stop, list(stop), [stop, [V + 1]]):
+        assert torch.equal(generate(gpt, prompts(1, 2), stop=same, **options), cut)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 3), (2, 0)], ids=str)
+def test_a_model_says_what_shape_it_takes(pair, shape):
+    with pytest.raises(ValueError, match=rf"^GPT: idx must be \(B, T\).*; got \({shape[0]},"):
+        pair[1](torch.zeros(shape, dtype=torch.long))
+
+
+def test_a_temperature_next_to_0_is_greedy(pair):
+    options = {"max_new_tokens": 12, "seed": 1}
+    greedy = generate(pair[1], prompts(3, 2), temperature=0.0, **options)
+    for temperature in (1e-40, 1e-300):
+        for more in ({}, {"top_k": 3}, {"top_p": 0.9}):
+            text = generate(pair[1], prompts(3, 2), temperature=temperature, **more, **options)
+            assert torch.equal(text, greedy)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rung_generates_as_the_notebook_crops(name):
     torch.manual_seed(0)
@@ -268,6 +345,10 @@ def test_mode_and_gradients_are_left_alone(pair):
     text = generate(gpt, prompts(2, 2), max_new_tokens=4)
     assert gpt.training
     gpt(text, text)[1].backward()  # generated tokens may be trained on
+    gpt.blocks[0].eval()
+    generate(gpt, prompts(2, 2), max_new_tokens=1)
+    assert gpt.training and gpt.blocks[1].ln_1.training
+    assert not gpt.blocks[0].training and not gpt.blocks[0].ln_1.training
     with pytest.raises(ValueError, match="last_only needs dropout off"):
         gpt.next_logits(text)
 
@@ -332,6 +413,8 @@ BAD = {
     "generate: vocab_size must be": {"vocab_size": 0},
     "generate: seed must be in": {"seed": -1},
     "generate: stop must be a sequence of at least one token": {"stop": []},
+    r"generate: stop must be .* got '\\n'": {"stop": "\n"},
+    r"generate: stop must be .* got \['hello'\]": {"stop": ["hello"]},
     r"generate: idx must be \(B, T\)": {"idx": torch.tensor([1])},
     "generate: idx must be a tensor of integers": {"idx": torch.ones(1, 1)},
     "generate: a prompt must be a sequence of integers": {"idx": [[0.5]]},

@@ -226,13 +226,15 @@ def test_skip_gives_up_in_the_end(train_main, tiny_flags, tmp_path, poisoned, ca
     assert "3 in a row" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rollback_halves_the_learning_rate(
-    train_main, tiny_flags, tmp_path, poisoned, capsys, monkeypatch
+    train_main, tiny_flags, tmp_path, poisoned, capsys, dtype
 ):
     """As if the run had been resumed by hand from its last checkpoint, with half the rate."""
     poisoned(lambda step, lr: step == 5 and lr == 5e-3)
     folder, other = tmp_path / "run", tmp_path / "other"
-    assert train_main([*tiny_flags, f"--out_dir={folder}", "--on_nonfinite=rollback"]) == 0
+    flags = [*tiny_flags, f"--dtype={dtype}"]
+    assert train_main([*flags, f"--out_dir={folder}", "--on_nonfinite=rollback"]) == 0
     assert "back from step 6 to 4, learning rate now 0.0025" in capsys.readouterr().out
     (record,) = kinds(folder, "rollback")
     assert record == {"kind": "rollback", "step": 4, "came_from": 6, "learning_rate": 2.5e-3}
@@ -242,7 +244,7 @@ def test_rollback_halves_the_learning_rate(
     ]
     assert not kinds(folder, "skipped")  # it did not happen, after all
 
-    assert train_main([*tiny_flags, f"--out_dir={other}", "--max_iters=4"]) == 0
+    assert train_main([*flags, f"--out_dir={other}", "--max_iters=4"]) == 0
     by_hand = [f"--out_dir={other}", "--resume", "--max_iters=12", "--learning_rate=2.5e-3"]
     assert train_main(by_hand) == 0
     for name in ("model.safetensors", "optimizer.safetensors"):

@@ -182,6 +182,17 @@ def test_damaged_notebooks_are_refused(notebook, kind):
     assert "\n" not in str(error.value)
 
 
+def test_an_untied_notebook_is_not_tied(notebook, tmp_path):
+    """One matrix would take the place of the other."""
+    with pytest.raises(ConfigError, match="tied_head must be False: lm_head.weight is not token_"):
+        load_notebook(notebook[1], tied_head=True)
+    model = randomise(NaiveGPT(TINY.replace(tied_head=True)))
+    torch.save(model.state_dict(), tmp_path / "tied.pth")
+    gpt = load_notebook(tmp_path / "tied.pth", tied_head=True, dropout=0.0, backend="eager")
+    assert gpt.lm_head.weight is gpt.token_embedding.weight
+    assert_same(gpt, model, logits_of)
+
+
 def test_files_that_are_no_state_dicts_are_refused(notebook, tmp_path):
     model, path = notebook
     torch.save(model, path)

@@ -344,11 +344,13 @@ def test_a_worker_that_dies_is_a_failed_trial(tmp_path):
         worker.run({})
 
 
-def test_an_unexpected_error_is_a_failed_trial(capsys):
-    result = trained(Settings("no such preset", {}))
+def test_an_unexpected_error_is_a_failed_trial(capsys, monkeypatch):
+    assert trained(Settings("no such preset", {}))["bad_input"]
+    assert trained(Settings("baby-cpu", {"data": "/no/such"}))["bad_input"]
+    monkeypatch.setattr("gptcore.worker.train", lambda settings: {}["folder"])
+    result = trained(Settings("baby-cpu", {}))
     assert result["error"].startswith("KeyError") and not result["bad_input"]
     assert "Traceback" in capsys.readouterr().err
-    assert trained(Settings("baby-cpu", {"data": "/no/such"}))["bad_input"]
 
 
 def test_threads_are_divided(monkeypatch, tmp_path):

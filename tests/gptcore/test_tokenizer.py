@@ -57,6 +57,13 @@ def test_streaming_yields_whole_characters_only():
     assert tokenizer.decode(cut) == "\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize(("kind", "token"), [("char", -1), ("char", 3), ("bytes", 256)])
+def test_tokens_outside_the_vocabulary_are_refused(kind, token):
+    tokenizer = tokenizer_for(kind, "abc")
+    with pytest.raises(ConfigError, match=rf"in \[0, {tokenizer.vocab_size}\); got {token}"):
+        tokenizer.decode([0, token])
+
+
 @pytest.mark.parametrize(("size", "dtype"), [(256, "uint8"), (257, "uint16"), (65537, "int32")])
 def test_tokens_are_stored_compactly(size, dtype):
     assert np.dtype(compact_dtype(size)) == dtype

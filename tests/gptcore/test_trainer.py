@@ -1,9 +1,11 @@
 """Training: what is learned, what is written, and that resuming changes nothing."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,9 +23,10 @@ from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.data import BatchStream
 from gptcore.evaluation import Evaluation, evaluate, evaluate_exactly
-from gptcore.flags import parse_settings
+from gptcore.flags import Settings, parse_settings
 from gptcore.guard import Guard
 from gptcore.log import Log, read_metrics
+from gptcore.model import GPT
 from gptcore.optim import learning_rate, parameter_groups
 from gptcore.trainer import prepare, training_step
 
@@ -168,6 +171,20 @@ def test_ignored_targets_do_not_count(prepared):
     assert half.accuracy == pytest.approx(right) and half != whole
 
 
+def test_each_split_is_sampled_from_itself(prepared):
+    """Of a corpus whose training tokens are all 0 and whose validation tokens are all 1."""
+    run = prepared("--eval_mode=sampled")
+    zeros, ones = torch.zeros_like(run.corpus.train), torch.ones_like(run.corpus.val)
+    run.corpus = dataclasses.replace(run.corpus, train=zeros, val=ones)
+    seen = []
+    run.update.compute.register_forward_hook(
+        lambda module, args, y: seen.append([x.unique().tolist() for x in args])
+    )
+    evaluation.evaluate_splits(run)
+    count = run.config.eval_iters
+    assert seen == [[[0], [0]]] * count + [[[1], [1]]] * count
+
+
 def test_sampled_evaluation_is_repeatable_and_near(prepared):
     run = prepared("--eval_mode=sampled", "--eval_iters=40")
     first, second = evaluation.evaluate_splits(run), evaluation.evaluate_splits(run)
@@ -255,6 +272,8 @@ def test_the_log_says_what_the_clock_says(prepared, tmp_path, monkeypatch):
     assert [record[name] for name in ("step", "loss", "step_ms", "tokens_per_s", "mfu")] == [
         *(2, 3.0, 2500.0, tokens / 2.5, 0.2)
     ]
+    shown = f"loss 3.000, {tokens / 2.5:,.0f} tokens/s, MFU 20%"
+    assert re.fullmatch(shown + r"(, [\d,]+ MiB)?", log.bar.postfix)
     one_bit = Evaluation(loss=math.log(2), accuracy=0.5, exact_match=0.0, targets=2, rows=1)
     assert log.bits_per_character(one_bit) == pytest.approx(4 / 3, rel=1e-2)
 
@@ -283,6 +302,48 @@ def test_the_same_seed_gives_the_same_run(train_main, tiny_flags, trained_run, t
     assert comparable(trained_run) == comparable(tmp_path / "a")
     assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'b'}", "--seed=1"]) == 0
     assert comparable(trained_run) != comparable(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [torch.no_grad, torch.inference_mode, lambda: default_dtype(torch.float64)],
+    ids=["no_grad", "inference_mode", "float64"],
+)
+def test_what_the_caller_asked_of_torch_changes_nothing(
+    train_main, tiny_flags, trained_run, tmp_path, asked
+):
+    """Float64 was refused in the optimizer's kernel, once there was a run folder."""
+    with asked():
+        state = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        before = torch.get_default_dtype()
+        assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'run'}"]) == 0
+        assert state == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        assert torch.get_default_dtype() == before
+    assert_same_weights(weights_of(trained_run), weights_of(tmp_path / "run"))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """As torch.set_default_dtype, for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "message"),
+    [
+        ("nosuch", {}, "unknown preset 'nosuch'"),
+        ("cpu", {"n_heads": 4}, "unknown setting 'n_heads'; did you mean n_head?"),
+        ("cpu", {"n_head": "4"}, "n_head must be a whole number"),
+    ],
+)
+def test_settings_are_checked_whoever_makes_them(preset, given, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        trainer.train(Settings(preset, given))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +446,7 @@ def test_a_checkpoint_is_no_run_folder(train_main, trained_run, capsys):
 HOLD = """
 import fcntl, sys, time
 file = open(sys.argv[1], "r+")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
@@ -407,7 +468,7 @@ def test_one_process_at_a_time_trains_in_a_folder(
         finally:
             holder.kill()
     assert code == 2
-    assert f"another process trains in {folder}; wait for its end" in capsys.readouterr().err
+    assert f"another process or thread trains in {folder}; wait" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert train_main(argv) == 0
 
@@ -420,6 +481,21 @@ def test_training_holds_its_folder_until_it_ends(prepared):
     assert b"BlockingIOError" in subprocess.run(command, capture_output=True).stderr
     run.unlock()
     assert subprocess.run(command, capture_output=True).stdout == b"held\n"
+
+
+def test_one_run_of_a_process_at_a_time_trains_in_a_folder(prepared, train_main, monkeypatch):
+    """As of two threads; one that could not be prepared is in nobody's way."""
+    pytest.importorskip("fcntl", reason="locks are POSIX")
+    run = prepared()
+    argv = [f"--out_dir={run.folder}", "--resume", "--max_iters=1"]
+    assert train_main(argv) == 2
+    run.unlock()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "trim_metrics", lambda *args: {}["damage"])
+        with pytest.raises(KeyError) as error:
+            train_main(argv)
+    assert train_main(argv) == 0
+    assert error.tb  # whose frames hold the run that failed
 
 
 def test_a_sample_that_cannot_fit_is_refused_at_the_start(train_main, tiny_flags, tmp_path, capsys):
@@ -538,12 +614,14 @@ def test_a_resumed_run_keeps_the_dtype_that_was_timed(prepared, tmp_path, monkey
     assert run.update.dtype == torch.bfloat16 and run.config.dtype == "bfloat16"
     trainer.save(run, "last")
     run.writer.wait()
+    run.unlock()
     for flags, dtype, reason in (
         ([], torch.bfloat16, "as the run began"),
         (["--dtype=auto"], torch.float32, "now it is not"),
     ):
         resumed = prepare(parse_settings([f"--out_dir={run.folder}", "--resume", *flags]))
         assert (resumed.update.dtype, resumed.dtype_reason) == (dtype, reason)
+        resumed.unlock()
 
 
 def test_a_resumed_run_may_go_further(train_main, tiny_flags, tmp_path):
@@ -585,6 +663,25 @@ def test_a_full_disk_is_one_line(prepared, monkeypatch):
     assert open_checkpoint(run.folder, "last")
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_has_the_losses_of_an_uncompiled_one(
+    train_main, tiny_flags, trained_run, tmp_path, monkeypatch, backend
+):
+    if backend == "inductor" and not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler")
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model: compiled.append(model) or compile(model, backend=backend)
+    )
+    assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'run'}", "--compile"]) == 0
+    assert [type(model) for model in compiled] == [GPT]
+    plain, found = (
+        [record.get("loss", record.get("val_loss")) for record in comparable(folder)]
+        for folder in (trained_run, tmp_path / "run")
+    )
+    assert found == pytest.approx(plain, rel=1e-4) and len(plain) == 11
+
+
 @pytest.mark.parametrize("model", ["multihead", "head", "bigram-embedding", "bigram"])
 def test_every_rung_trains(train_main, tiny_flags, tmp_path, model):
     folder = tmp_path / model
@@ -603,8 +700,6 @@ def test_a_padded_vocabulary_is_never_sampled(prepared):
 
 def test_flops_at_the_notebooks_size():
     """ANCHORS of the design: 1.046 TFLOP dense and 0.058 in attention for 64 x 256 tokens."""
-    from gptcore.model import GPT
-
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert trainer.flops_per_step(model, 64) == pytest.approx(1.046e12 + 0.058e12, rel=2e-3)
@@ -645,6 +740,20 @@ def test_a_step_does_not_wait_for_the_gpu(prepared):
             trainer.training_step(run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_plot_takes_the_place_of_the_last_one_whole(tmp_path):
+    """It was written in place: whoever looked meanwhile, or after a crash, saw half of it."""
+    metrics, image = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    metrics.write_text("")
+    logs.plot_losses(metrics, image)
+    os.link(image, tmp_path / "before")
+    first = image.read_bytes()
+    metrics.write_text('{"kind": "eval", "step": 1, "train_loss": 1, "val_loss": 2}\n')
+    logs.plot_losses(metrics, image)
+    assert first.startswith(b"\x89PNG") and image.read_bytes() != first
+    assert (tmp_path / "before").read_bytes() == first
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png", "before"}
 
 
 def test_a_plot_holds_no_more_points_for_a_longer_run(tmp_path, monkeypatch):
