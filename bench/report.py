@@ -17,7 +17,7 @@ INTRODUCTION = """# Results
 Written by `python -m bench report` from the JSON files in `{folder}/`, which hold the raw samples;
 do not edit. Contestants took turns, one sample each a round. Columns: median of all samples;
 spread, the interquartile range over the median; rate; percent of the least time that the copy and
-matrix-product rates allow, measured on the machine a moment before; time over gptcore's, the
+matrix-product rates allow, measured on the machine beside them; time over gptcore's, the
 median of the ratios within rounds (above 1, gptcore is faster); error against float64, in units
 of plain PyTorch's error in the same dtype, or of one rounding where plain PyTorch is exact.
 """
@@ -88,7 +88,7 @@ def tables_of(question: str, content: Record) -> list[Record]:
 
 
 def ceilings_line(content: Record) -> str:
-    """What the machine did a moment before and, in records that say so, after."""
+    """What the machine did before and, in records that say so, after."""
     ceilings = content["ceilings"]
     when = "before and after, the faster" if "ceilings_measured" in content else "just before"
     return (
