@@ -289,7 +289,8 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, key=None, site=0, ba
         backend: "auto", "triton" or "eager".
     Returns: o (B, H, Tq, D), dtype of q.
     Raises: ValueError on shapes, ranges or devices; TypeError on dtypes; RuntimeError if the
-        backend cannot run. float32 products are IEEE or TF32 as torch.backends.cuda.matmul says.
+        backend cannot run, and from backward with create_graph=True: there are no second
+        derivatives. float32 products are IEEE or TF32 as torch.backends.cuda.matmul says.
     Source: FlashAttention-2, arXiv:2307.08691.
     """
     op = "causal_attention"

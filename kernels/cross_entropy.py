@@ -334,8 +334,9 @@ def cross_entropy(
         reduction: "mean" over the rows that count (NaN if none does), "sum", or "none".
     Returns: loss, () or, for "none", (...); float32 (float64 for float64), whatever the inputs are.
     Raises: ValueError on shapes, ranges or devices; TypeError on dtypes; RuntimeError if the
-        backend cannot run. Targets out of range: ValueError from eager, NaN in loss and gradient
-        from Triton, where looking at them would make the host wait for the device.
+        backend cannot run, and from the kernels' backward with create_graph=True. Targets out of
+        range: ValueError from eager, NaN in loss and gradient from Triton, where looking at them
+        would make the host wait for the device.
     """
     op = "cross_entropy"
     _check_dtype(op, "logits", logits)

@@ -235,7 +235,8 @@ def rotary_qkv(qkv, table, *, normalize=False, backend="auto"):
         normalize: divide every query and key by its root mean square first.
         backend: "auto", "triton" or "eager".
     Returns: y, shape and dtype of qkv, contiguous.
-    Raises: ValueError on shapes; TypeError on dtypes; RuntimeError if the backend cannot run.
+    Raises: ValueError on shapes; TypeError on dtypes; RuntimeError if the backend cannot run, and
+        from backward with create_graph=True.
     Source: arXiv:2104.09864 (rotation of neighbouring pairs), arXiv:2010.04245 (normalisation).
     """
     where = check_table("rotary_qkv", "table", qkv, table, backend)
