@@ -164,8 +164,8 @@ DAMAGES = (
         "linear_act",
         "eager",
         "the exact GELU instead of tanh's",
-        'return F.gelu(z, approximate="tanh")\n    if torch',
-        "return F.gelu(z)\n    if torch",
+        'return F.gelu(z, approximate="tanh")\n    if backend',
+        "return F.gelu(z)\n    if backend",
     ),
     Damage(
         "cross_entropy",

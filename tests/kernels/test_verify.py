@@ -328,8 +328,9 @@ def test_a_failure_is_exit_code_1(monkeypatch, capsys):
 def test_whole_model_rows_are_there_and_pass():
     assert "GPT" in checks.registered()
     results = checks.check_part(("GPT", "eager", "float32"), EAGER)
-    assert [result.passed for result in results] == [True]
-    assert {c.name for c in results[0].comparisons} == {"logits", "loss", "gradient"}
+    assert len(results) > 3 and all(result.passed for result in results)
+    names = {c.name for c in results[0].comparisons}
+    assert {"logits", "loss", "dtoken_embedding.weight", "dblocks.0.qkv.weight"} <= names
 
 
 def test_the_kernels_run_under_pytest_too():
