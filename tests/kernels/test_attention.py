@@ -540,18 +540,21 @@ def test_the_compiler_takes_any_scale():
 def test_masks_made_for_one_call_fit_the_next(monkeypatch):
     """What inference or fake tensors left behind is not taken for training."""
     monkeypatch.setattr(attention, "_SMALL", 0)
+    q, k = torch.randn(1, 1, 37, 8, requires_grad=True), torch.randn(1, 1, 41, 8)
+
+    def gradient(q, k):
+        return torch.autograd.grad(causal_attention(q, k, k).square().sum(), q)[0]
+
     attention_eager._above_diagonal.cache_clear()
-    q, k = torch.randn(1, 1, 37, 8), torch.randn(1, 1, 41, 8)
-    with torch.inference_mode():
-        attention_eager.above_diagonal(37, 41, q.dtype, q.device)
-    causal_attention(q.requires_grad_(), k, k).sum().backward()
-    attention_eager._above_diagonal.cache_clear()
+    expected = gradient(q, k)
+    for mode in (torch.inference_mode, FakeTensorMode):
+        attention_eager._above_diagonal.cache_clear()
+        with mode():
+            attention_eager.above_diagonal(37, 41, q.dtype, q.device)
+        assert torch.equal(gradient(q, k), expected)
     with FakeTensorMode():
-        attention_eager.above_diagonal(37, 41, q.dtype, q.device)
-    causal_attention(q, k, k).sum().backward()
-    with FakeTensorMode():
-        fake = torch.randn(1, 1, 37, 8), torch.randn(1, 1, 41, 8)
-        causal_attention(fake[0].requires_grad_(), fake[1], fake[1]).sum().backward()
+        fake = torch.randn(1, 1, 37, 8, requires_grad=True), torch.randn(1, 1, 41, 8)
+        assert gradient(*fake).shape == expected.shape
 
 
 # Damage: each must turn the 2x rule red ---------------------------------------------------------
