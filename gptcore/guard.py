@@ -5,7 +5,7 @@ optimizers read in their kernels (it was made for GradScaler): where it is 1 the
 moments and step counts as they are. The norm of each update's gradient is kept until someone looks,
 NaN where the update did not happen.
 
-On the host, when a train line is written anyway: `Watch` says which updates were skipped and which
+On the host, where train lines are written: `Watch` says which updates were skipped and which
 gradients were spikes.
 """
 
@@ -54,13 +54,18 @@ class Guard:
         self.found_inf.copy_(health - health != 0)
         self.norms.index_copy_(0, step % LOOK_EVERY, health[None])
 
-    def look(self, step: int) -> list[tuple[int, float]]:
+    def look(self, step: int, norms: list[float] | None = None) -> list[tuple[int, float]]:
         """(number, norm of the gradient) of each update from the last look up to `step`.
 
-        Waits for the device. The norm is NaN or infinite where the update did not happen.
+        The norm is NaN or infinite where the update did not happen.
+
+        Args:
+            norms: `self.norms` as they were after `step` updates; by default they are read now,
+                which waits for the device.
         """
-        norms = self.norms.tolist()
         numbers = range(max(self.looked, step - LOOK_EVERY), step)
+        if norms is None and numbers:
+            norms = self.norms.tolist()
         self.looked = step
         return [(number, norms[number % LOOK_EVERY]) for number in numbers]
 

@@ -16,6 +16,7 @@ import json
 import math
 import shlex
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,18 @@ from tqdm import tqdm
 
 from gptcore import machine
 from gptcore.files import replace_bytes, replace_text
-from gptcore.guard import Watch
+from gptcore.guard import LOOK_EVERY, Watch
 from gptcore.optim import learning_rate
 from gptcore.trackers import open_tracker
 
 if TYPE_CHECKING:
+    from gptcore.config import TrainConfig
     from gptcore.data import Corpus
     from gptcore.evaluation import Evaluation
     from gptcore.tasks import Arithmetic
     from gptcore.trainer import Run
 
+LEFT = {"cuda": 1}  # by device: readings under way that a look between evaluations leaves there
 PLOT_EVERY_S = 60.0
 PLOTTED = 1000  # evaluations at most; more are no clearer, and the memory for them would grow
 
@@ -42,6 +45,11 @@ PLOTTED = 1000  # evaluations at most; more are no clearer, and the memory for t
 def resume_command(run: Run) -> str:
     """What to type to go on."""
     return shlex.join(["python", "train.py", "--out_dir", str(run.folder), "--resume"])
+
+
+def looks_after(step: int, config: TrainConfig) -> bool:
+    """Whether the losses and norms up to `step` are looked at."""
+    return step % config.log_interval == 0 or step % LOOK_EVERY == 0
 
 
 class Log:
@@ -59,6 +67,8 @@ class Log:
         )
         self.bar: tqdm | None = None
         self.watch = Watch()
+        self.sent_for: deque[tuple[int, machine.Reading]] = deque()
+        self.skipped: list[int] = []  # updates not reported yet
         self.started = time.perf_counter() - run.elapsed_s
         self.plotted = time.perf_counter()
         self.restart_clock()
@@ -81,43 +91,64 @@ class Log:
 
     def restart_clock(self) -> None:
         """Begin a new stretch of steps: what happened before is not their time."""
-        self.clock, self.clock_step = time.perf_counter(), self.run.step
+        self._read(0)
+        self.clock, self.clock_step = machine.Reading(self.run.device), self.run.step
 
     def stepped(self, loss: torch.Tensor) -> None:
-        """After each step; every log_interval steps the device is waited for and a line written."""
-        run, config = self.run, self.run.config
+        """After each step; every log_interval steps what goes into a train line is sent for."""
+        run = self.run
         self.bar.update()
         run.elapsed_s = time.perf_counter() - self.started
-        if run.step % config.log_interval:
-            return
-        value = loss.item()
-        now = time.perf_counter()
-        seconds = (now - self.clock) / (run.step - self.clock_step)
-        self.restart_clock()
+        if looks_after(run.step, run.config):
+            reading = machine.Reading(run.device, loss, run.update.guard.norms)
+            self.sent_for.append((run.step, reading))
+
+    def look(self, wait: bool) -> list[int]:
+        """Write and show what was sent for; returns the updates that the guard skipped.
+
+        Args:
+            wait: for the device to come to the present step. Otherwise a GPU has work to do
+                meanwhile, for what was sent for last is left for the next look.
+        """
+        self._read(0 if wait else LEFT.get(self.run.device.type, 0))
+        if wait:
+            self._judge(self.run.update.guard.look(self.run.step))
+        skipped, self.skipped = self.skipped, []
+        return skipped
+
+    def _read(self, left: int) -> None:
+        """Write what was sent for but the last `left` times."""
+        while len(self.sent_for) > left:
+            step, reading = self.sent_for.popleft()
+            loss, norms = reading.numbers()
+            if step % self.run.config.log_interval == 0:
+                self._write_line(step, loss, reading)
+            self._judge(self.run.update.guard.look(step, norms))
+
+    def _write_line(self, step: int, loss: float, reading: machine.Reading) -> None:
+        run, config = self.run, self.run.config
+        seconds = reading.seconds_since(self.clock) / (step - self.clock_step)
+        self.clock, self.clock_step = reading, step
         tokens_per_s = config.sequences * run.model.config.block_size / seconds
-        lr = learning_rate(run.step - 1, config)
         mfu, memory = self.step_seconds_at_rate / seconds, machine.peak_memory_bytes(run.device)
         self.write(
             kind="train",
-            step=run.step,
-            loss=value,
-            lr=lr,
+            step=step,
+            loss=loss,
+            lr=learning_rate(step - 1, config),
             step_ms=1e3 * seconds,
             tokens_per_s=tokens_per_s,
             mfu=mfu,
         )
         self.bar.set_postfix_str(
-            f"loss {value:.3f}, {tokens_per_s:,.0f} tokens/s, MFU {mfu:.0%}"
+            f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, MFU {mfu:.0%}"
             + (f", {memory / 2**20:,.0f} MiB" if memory else ""),
             refresh=False,
         )
 
-    def look(self) -> list[int]:
-        """Record and show what the guard saw since the last look; returns the updates skipped.
-
-        Waits for the device.
-        """
-        skipped, spikes = self.watch.judge(self.run.update.guard.look(self.run.step))
+    def _judge(self, looked: list[tuple[int, float]]) -> None:
+        """Record and show what the guard saw."""
+        skipped, spikes = self.watch.judge(looked)
         for spike in spikes:
             self.write(kind="spike", step=spike.step, grad_norm=spike.norm, median=spike.median)
         if spikes:
@@ -127,11 +158,13 @@ class Log:
             tqdm.write(f"step {worst.step}: gradient norm {worst.norm:.3g}, {times}{more}")
         for step in skipped:
             self.write(kind="skipped", step=step)
-        return skipped
+        self.skipped += skipped
 
     def rewound(self, came_from: int) -> None:
         """The run is back at a checkpoint: forget what it did since."""
         run = self.run
+        self.sent_for.clear()
+        self.skipped.clear()
         if not run.world.rank:
             trim_metrics(self.path, run.step, run.evaluated_step)
         lr = run.config.learning_rate

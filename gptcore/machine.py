@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -206,6 +207,39 @@ def raise_clocks(device: torch.device, call: Callable[[], object]) -> None:
     while time.perf_counter() - start < 0.05:
         call()
         synchronize(device)
+
+
+class Reading:
+    """Numbers of a device and the moment it had them, for which nothing waits until it must.
+
+    On a GPU they are copied to pinned memory behind the work that is queued so far.
+    """
+
+    def __init__(self, device: torch.device, *tensors: torch.Tensor):
+        self.event = None
+        if device.type == "cuda":
+            self.copies = [
+                torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+                for x in tensors
+            ]
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        else:
+            self.copies = [x.detach().clone() for x in tensors]
+            self.at = time.perf_counter()
+
+    def numbers(self) -> list[Any]:
+        """Of each tensor, as nested lists; waits until the device was there."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [copy.tolist() for copy in self.copies]
+
+    def seconds_since(self, earlier: "Reading") -> float:
+        """From the moment of another reading to this one's; waits like `numbers`."""
+        if self.event is None:
+            return self.at - earlier.at
+        self.event.synchronize()
+        return 1e-3 * earlier.event.elapsed_time(self.event)
 
 
 def synchronize(device: torch.device) -> None:

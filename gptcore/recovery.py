@@ -24,13 +24,14 @@ SKIPPED_AT_MOST = 100  # updates in a row before even --on_nonfinite skip gives 
 ROLLBACKS_AT_MOST = 5  # to one checkpoint
 
 
-def look(run: Run, log: Log) -> bool:
+def look(run: Run, log: Log, wait: bool) -> bool:
     """Report what the guard saw since the last look; whether the run was rolled back for it.
 
-    Waits for the device.
+    Args:
+        wait: as `Log.look` says.
     Raises: RunError as --on_nonfinite says, or if nothing but skipped updates comes any more.
     """
-    skipped = log.look()
+    skipped = log.look(wait)
     if not skipped:
         return False
     steps = f"step {skipped[0]}"

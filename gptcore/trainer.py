@@ -45,8 +45,7 @@ from gptcore.evaluation import Stopped, evaluate_exactly, evaluate_splits
 from gptcore.files import replace_text
 from gptcore.flags import Settings
 from gptcore.generation import generate
-from gptcore.guard import LOOK_EVERY
-from gptcore.log import Log, announce, resume_command, trim_metrics
+from gptcore.log import Log, announce, looks_after, resume_command, trim_metrics
 from gptcore.model import GPT, build_model
 from gptcore.naive import NaiveGPT
 from gptcore.optim import make_optimizer
@@ -390,7 +389,6 @@ def _train(run: Run) -> Path:
     announce(run, rate)
     log = Log(run, flops_per_step(run.model, config.sequences) / (rate * run.world.size))
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
-    look_interval = min(config.log_interval, LOOK_EVERY)
     evaluation = None
     advised = memory.advised(
         config, run.model.config, run.device, run.update.dtype, resume_command(run)
@@ -408,7 +406,7 @@ def _train(run: Run) -> Path:
             names = ["last"]
             due = run.step % config.eval_interval == 0 or run.step >= config.max_iters
             keep = due or run.step % checkpoint_interval == 0
-            if (keep or run.step % look_interval == 0) and look(run, log):
+            if (keep or looks_after(run.step, config)) and look(run, log, wait=keep):
                 continue
             if due and run.step != run.evaluated_step:
                 with contextlib.suppress(Stopped):
@@ -434,6 +432,7 @@ def _train(run: Run) -> Path:
             run.writer.check()
             log.stepped(loss)
             next(profile, None)
+        log.look(wait=True)
         run.writer.wait()
         log.plot()
     if run.evaluated_step < config.max_iters:

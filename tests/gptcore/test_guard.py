@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptcore import guard, recovery, trainer
+from gptcore import log as logs
 from gptcore.checkpoint import open_checkpoint
 from gptcore.guard import Guard, Watch
 from gptcore.log import read_metrics
@@ -306,3 +307,13 @@ def test_every_optimizer_heeds_the_guard(prepared):
     for name in ("adamw", "sgd"):
         run = prepared(f"--optimizer={name}")
         assert make_optimizer(run.model, run.config)._step_supports_amp_scaling
+
+
+def test_looks_come_between_distant_lines(prepared, poisoned, monkeypatch):
+    """The guard keeps so many norms and no more; a look there writes no line."""
+    monkeypatch.setattr(logs, "LOOK_EVERY", 2)
+    poisoned(lambda step, lr: step == 2)
+    run = prepared("--log_interval=5", "--eval_interval=12", "--on_nonfinite=skip")
+    trainer._train(run)
+    order = [(line["kind"], line["step"]) for line in kinds(run.folder, "train", "skipped")]
+    assert order == [("skipped", 3), ("train", 5), ("train", 10)]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 import weakref
 
@@ -213,3 +214,15 @@ def test_a_gpu_is_measured_at_its_clocks_and_its_peak_forgets_that(monkeypatch):
     gpu = torch.device("cuda:1")
     assert machine._least_seconds(gpu, build) == pytest.approx(0.02)
     assert at_reset == [gpu, None, 1 + 3 + 6]
+
+
+def test_a_reading_holds_what_was_there(device):
+    """However late it is looked at; a GPU's is the device's own clock."""
+    x = torch.ones(2, 2, device=device)
+    first = machine.Reading(device)
+    x *= 2
+    second = machine.Reading(device, x, x.sum())
+    time.sleep(0.01)
+    x.zero_()
+    assert second.numbers() == [[[2, 2], [2, 2]], 8] and first.numbers() == []
+    assert 0 < second.seconds_since(first) < machine.Reading(device).seconds_since(first)

@@ -6,20 +6,20 @@ import math
 import os
 import re
 import shutil
+import time
 import types
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gptcore import checkpoint, trainer
+from gptcore import checkpoint, machine, trainer
 from gptcore import log as logs
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.data import BatchStream
 from gptcore.evaluation import Evaluation
 from gptcore.flags import Settings
-from gptcore.guard import Guard
 from gptcore.log import Log, read_metrics
 from gptcore.model import GPT
 from gptcore.optim import learning_rate, parameter_groups
@@ -164,12 +164,14 @@ def test_the_log_says_what_the_clock_says(prepared, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("né " * 2000, encoding="utf-8")
     run = prepared("--tokenizer=bytes", f"--data={tmp_path / 'text.txt'}")
     now = [100.0]
-    monkeypatch.setattr(logs, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    for module in (logs, machine):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     log = Log(run, step_seconds_at_rate=0.5)
     with log.progress_bar():
         for run.update.step in (1, 2):
             now[0] += 2.5
             log.stepped(torch.tensor(3.0))
+            log.look(wait=False)
     (record,) = read_metrics(log.path)
     tokens = run.config.sequences * run.model.config.block_size
     assert [record[name] for name in ("step", "loss", "step_ms", "tokens_per_s", "mfu")] == [
@@ -304,41 +306,93 @@ def test_flops_at_the_notebooks_size():
     assert trainer.flops_per_step(model, 64) == pytest.approx(1.046e12 + 0.058e12, rel=2e-3)
 
 
-def test_losses_are_read_where_lines_are_written_and_nowhere_else(prepared, monkeypatch):
-    """In between nothing asks a loss or the guard for a number: a GPU would be waited for."""
-    run = prepared("--max_iters=24", "--eval_interval=24", "--log_interval=8")
+@pytest.mark.parametrize("left", [0, 1])
+def test_losses_are_read_at_looks_and_nowhere_else(prepared, monkeypatch, left):
+    """Elsewhere nothing asks a loss or the guard for a number: a GPU would be waited for.
+
+    And there, but at evaluations, only for what was sent for one look before.
+    """
+    run = prepared("--max_iters=48", "--eval_interval=24", "--log_interval=8", "--eval_iters=1")
+    monkeypatch.setitem(logs.LEFT, "cpu", left)
     loss_read, norms_read = [], []
     readers = ("item", "tolist", "numpy", "cpu", "__float__", "__bool__", "__format__", "__repr__")
 
     class Counted(torch.Tensor):
+        def __new__(cls, x, read):
+            counted = x.as_subclass(cls)
+            counted.read = read
+            return counted
+
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
+            (first,) = (x for x in args[:1] if isinstance(x, cls))
             if getattr(function, "__name__", "") in readers:
-                loss_read.append(run.step)
-            return super().__torch_function__(function, types, args, kwargs)
+                first.read.append(run.step)
+            result = super().__torch_function__(function, types, args, kwargs)
+            if type(result) is cls:
+                result.read = first.read
+            return result
 
-    step, look = trainer.training_step, Guard.look
-    monkeypatch.setattr(trainer, "training_step", lambda run: step(run).as_subclass(Counted))
-    monkeypatch.setattr(
-        Guard, "look", lambda self, step: norms_read.append(step) or look(self, step)
-    )
+    step = trainer.training_step
+    monkeypatch.setattr(trainer, "training_step", lambda run: Counted(step(run), loss_read))
+    run.update.guard.norms = Counted(run.update.guard.norms, norms_read)
     trainer._train(run)
-    assert loss_read == [8, 16, 24]
-    assert norms_read == [0, 8, 16, 24]
+    assert loss_read == ([16, 24, 24, 40, 48, 48] if left else [8, 16, 24, 32, 40, 48])
+    assert norms_read == loss_read
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    order = [(line["kind"], line["step"]) for line in lines if line["kind"] != "end"]
+    assert order == [
+        *(("eval", 0), ("train", 8), ("train", 16), ("train", 24), ("eval", 24)),
+        *(("train", 32), ("train", 40), ("train", 48), ("eval", 48)),
+    ]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_is_read_later_is_what_was_read_at_once(
+    train_main, tiny_flags, tmp_path, monkeypatch, stopped
+):
+    """Losses and rates of each step, to the last one before a signal; and times that add up."""
+    step, flags = trainer.training_step, [*tiny_flags, "--eval_interval=12", "--sample_tokens=0"]
+
+    def slow(run):
+        time.sleep(0.02)
+        if stopped and run.step == 6:
+            run.stop.set()
+        return step(run)
+
+    monkeypatch.setattr(trainer, "training_step", slow)
+    lines = []
+    for left in (0, 1):
+        monkeypatch.setitem(logs.LEFT, "cpu", left)
+        assert train_main([*flags, f"--out_dir={tmp_path / str(left)}"]) == stopped
+        metrics = read_metrics(tmp_path / str(left) / "metrics.jsonl")
+        lines.append([line for line in metrics if line["kind"] == "train"])
+    at_once, later = lines
+    assert [line["step"] for line in later] == ([2, 4, 6] if stopped else [2, 4, 6, 8, 10, 12])
+    for a, b in zip(at_once, later, strict=True):
+        assert (a["step"], a["loss"], a["lr"]) == (b["step"], b["loss"], b["lr"])
+        assert b["step_ms"] >= 20 and b["mfu"] > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait_for_the_gpu(prepared):
     run = prepared("--device=cuda")
-    for _ in range(6):  # eager, captured, replayed
-        trainer.training_step(run)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(6):
-            trainer.training_step(run)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    log = Log(run, step_seconds_at_rate=1e-3)
+    with log.progress_bar():
+        for _ in range(6):  # eager, captured, replayed
+            log.stepped(trainer.training_step(run))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(6):
+                log.stepped(trainer.training_step(run))
+                log.look(wait=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        log.look(wait=True)
+    lines = [line for line in read_metrics(log.path) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert all(line["loss"] > 0 and line["step_ms"] > 0 for line in lines)
 
 
 def test_a_plot_takes_the_place_of_the_last_one_whole(tmp_path):
