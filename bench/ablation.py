@@ -4,8 +4,8 @@ Question
     By how much does the loss at the end of a recipe change when one of its choices is taken back?
 Method
     `python train.py --preset P --max_iters 400` with one choice replaced, the same seeds; a run of
-    the whole recipe and one of each variant in turns, seed after seed. It is asked by name only:
-    variants times seeds trainings.
+    the whole recipe and one of each variant in turns, seed after seed. Another batch size sees as
+    many tokens in fewer steps. It is asked by name only: variants times seeds trainings.
 Formula
     difference: mean over seeds of (exact validation loss of the variant - that of the recipe with
     the same seed); spread: standard deviation of these differences, and of the recipe's own
@@ -19,19 +19,45 @@ from bench import render
 from bench.harness import Options, Skip
 from bench.time_to_loss import Run, gptcore_run, preset_of
 from gptcore.config import RunError
+from gptcore.flags import parse_settings
 
 WHOLE = "whole recipe"
 STEPS = 400
-FLAGS = (f"--max_iters={STEPS}", f"--eval_interval={STEPS}")
 VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
     WHOLE: (),
     "learned positions, no query-key norm": ("--position=learned", "--qk_norm=false"),
     "no query-key norm": ("--qk_norm=false",),
     "no token shift": ("--token_shift=false",),
     "GELU": ("--activation=gelu",),
+    "ReLU": ("--activation=relu",),
+    "untied head": ("--tied_head=false",),
+    "biases": ("--bias=true", "--qkv_bias=true", "--head_bias=true"),
     "initial weights of 0.02": ("--init_std=0.02",),
     "nanoGPT's learning rates": ("--learning_rate=1e-3", "--min_lr=1e-4", "--schedule=cosine"),
+    "learning rate of 0.001": ("--learning_rate=1e-3",),
+    "cosine to a tenth": ("--schedule=cosine", "--min_lr=6e-4"),
+    "no warm-up": ("--warmup_iters=0",),
+    "dropout 0.1": ("--dropout=0.1",),
+    "no weight decay": ("--weight_decay=0",),
+    "no clipping": ("--grad_clip=0",),
 }
+
+
+BATCHES = {"half the batch, twice the steps": 0.5, "twice the batch, half the steps": 2}
+
+
+def variants(preset: str) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Steps and flags of every variant's runs, which are evaluated at their end."""
+    config, _ = parse_settings([f"--preset={preset}"]).merged()
+    steps, flags = dict.fromkeys(VARIANTS, STEPS), dict(VARIANTS)
+    for name, factor in BATCHES.items():
+        steps[name] = int(STEPS / factor)
+        batch_size, warmup_iters = config.batch_size * factor, config.warmup_iters / factor
+        flags[name] = f"--batch_size={batch_size:.0f}", f"--warmup_iters={warmup_iters:.0f}"
+    return {
+        name: (count, (f"--max_iters={count}", f"--eval_interval={count}", *flags[name]))
+        for name, count in steps.items()
+    }
 
 
 def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
@@ -39,11 +65,11 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
     runs: list[Run] = []
     absent, broken = {}, []
     for seed in range(options.seeds):
-        for variant, flags in VARIANTS.items():
+        for variant, (steps, flags) in variants(preset_of(options)).items():
             name = f"{variant}, seed {seed}"
             try:
-                run = gptcore_run(options, seed, target=0.0, flags=(*FLAGS, *flags))
-                if run["steps"] < STEPS:
+                run = gptcore_run(options, seed, target=0.0, flags=flags)
+                if run["steps"] < steps:
                     raise Skip(f"out of time after its evaluation at step {run['steps']}")
             except (Skip, RunError) as reason:
                 absent[name] = str(reason)
@@ -73,7 +99,7 @@ def table(runs: list[Run]) -> list[list[str]]:
     """
     whole = {run["seed"]: run["val_loss"] for run in runs if run["variant"] == WHOLE}
     rows = [["", "runs", "val loss", "difference", "spread"]]
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(run["variant"] for run in runs):
         group = [run for run in runs if run["variant"] == variant and run["seed"] in whole]
         if not group:
             continue

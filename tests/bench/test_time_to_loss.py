@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import ablation, time_to_loss
-from bench.ablation import VARIANTS, WHOLE, table
+from bench.ablation import STEPS, VARIANTS, WHOLE, table, variants
 from bench.harness import OURS, Options, Skip
 from bench.run import broken
 from gptcore.config import RunError
@@ -208,7 +208,8 @@ def test_only_whole_runs_enter_the_ablation(monkeypatch):
             raise RunError("the loss is nan")
         if "--token_shift=false" in flags:
             raise Skip("no evaluation within 1 s")
-        steps = 0 if "--init_std=0.02" in flags else 400
+        (steps,) = (int(flag.split("=")[1]) for flag in flags if flag.startswith("--max_iters"))
+        steps = 0 if "--init_std=0.02" in flags else steps
         return {"seed": seed, "steps": steps, "val_loss": 2.0, "seconds": 1.0}
 
     monkeypatch.setattr(ablation, "gptcore_run", ended)
@@ -218,14 +219,18 @@ def test_only_whole_runs_enter_the_ablation(monkeypatch):
         "GELU, seed 0": "the loss is nan",
         "initial weights of 0.02, seed 0": "out of time after its evaluation at step 0",
     }
-    assert len(content["variants"]) == len(content["tables"][0]["rows"]) - 1 == 4
+    whole = len(variants("speedrun-cpu")) - 3
+    assert len(content["variants"]) == len(content["tables"][0]["rows"]) - 1 == whole
     assert broken({"questions": {"ablation": content}}) == [
         "ablation: GELU, seed 0: the loss is nan"
     ]
 
 
 def test_every_variant_of_the_ablation_is_a_setting_the_preset_has_not():
-    whole = parse_settings(["--preset=speedrun-cpu"]).merged()
-    for name, flags in VARIANTS.items():
-        changed = parse_settings(["--preset=speedrun-cpu", *flags]).merged()
-        assert (changed == whole) == (name == WHOLE), name
+    whole = parse_settings(["--preset=speedrun-cpu", *variants("speedrun-cpu")[WHOLE][1]]).merged()
+    for name, (steps, flags) in variants("speedrun-cpu").items():
+        config, model = parse_settings(["--preset=speedrun-cpu", *flags]).merged()
+        assert ((config, model) == whole) == (name == WHOLE), name
+        assert config.max_iters == config.eval_interval == steps
+        assert steps * config.batch_size == STEPS * whole[0].batch_size
+        assert abs(config.warmup_iters * STEPS - 80 * steps) in (0, 80 * STEPS)  # or there is none
