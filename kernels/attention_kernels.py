@@ -18,7 +18,7 @@ are also the rows of the dropout mask, and b * H + h, counted in the global batc
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -178,7 +178,7 @@ def _attention_forward_kernel(
     H, Tq, Tk, qk_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i, the longest first."""
     if EIGHTS:
@@ -213,11 +213,14 @@ def _attention_forward_kernel(
     # Every row of the tile sees the keys before `full`, some row those before `high`.
     full = (start_m + Tk - Tq + 1) // BLOCK_N * BLOCK_N
     high = tl.minimum(start_m + BLOCK_M, Tq) + Tk - Tq
-    acc, m_i, l_i = _forward_tiles(
-        acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, 0, full,
-        offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
-    )  # fmt: skip
+    if ONE_LOOP:
+        full = 0
+    else:
+        acc, m_i, l_i = _forward_tiles(
+            acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, 0, full,
+            offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
+        )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, full, high,
         offs_m, Tk, qk_scale, seed, step, plane, site, threshold,
@@ -486,33 +489,73 @@ class Plan:
     block_n: int  # keys
     warps: int
     stages: int
+    registers: int | None = None  # a thread at most, on NVIDIA's; None: as the compiler likes
+    one_loop: bool = False  # of the forward, all tiles as if they were on the diagonal
 
 
-# (D <= 64, D <= 128, D <= 256) by architecture. Chosen by `python -m kernels.codegen`: no spills,
-# on sm_90 wgmma for every product where a plan has it, then two programs a multiprocessor;
-# `python -m kernels.tune` prints measured rows. Those of sm_80 fit the 99 KB of sm_86 and sm_89.
+# By architecture, for up to D and T (keys; None: any number), with dropout or without (None:
+# either); of rows that fit that of the least D, then T, counts. Chosen by `python -m
+# kernels.codegen`: no spills, on sm_90 wgmma for every product where a plan has it, then two
+# programs a multiprocessor; `python -m kernels.tune` prints measured ones. Those of sm_80, which
+# serve where another architecture has none, fit the 99 KB of sm_86 and sm_89.
 _PLANS = {
-    "sm_80": (
-        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 2)},
-        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 1)},
-        {"forward": Plan(64, 64, 8, 1), "dq": Plan(32, 32, 4, 1), "dkdv": Plan(32, 32, 4, 1)},
-    ),
-    "sm_90": (
-        {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
-        {"forward": Plan(64, 64, 4, 2), "dq": Plan(128, 64, 8, 2), "dkdv": Plan(128, 64, 8, 1)},
-        {"forward": Plan(128, 64, 8, 2), "dq": Plan(128, 32, 8, 2), "dkdv": Plan(32, 64, 8, 1)},
-    ),
-    "gfx942": (
-        {"forward": Plan(128, 32, 4, 1), "dq": Plan(128, 32, 4, 1), "dkdv": Plan(64, 16, 4, 1)},
-        {"forward": Plan(128, 32, 4, 1), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)},
-        {"forward": Plan(64, 32, 4, 2), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)},
-    ),
-    "sm_100": (
-        {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)},
-        {"forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 8, 2), "dkdv": Plan(64, 64, 8, 1)},
-        {"forward": Plan(128, 32, 8, 1), "dq": Plan(128, 64, 8, 1), "dkdv": Plan(64, 64, 8, 1)},
-    ),
-}
+    "sm_80": {
+        (64, None, None): {
+            "forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 2)
+        },
+        (128, None, None): {
+            "forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 1)
+        },
+        (256, None, None): {
+            "forward": Plan(64, 64, 8, 1), "dq": Plan(32, 32, 4, 1), "dkdv": Plan(32, 32, 4, 1)
+        },
+    },
+    "sm_90": {
+        # What a program does around its loops counts as much as they do, so that more programs take
+        # turns: 4 for 3 (forward; under Triton 3.6 for 2) and 3 for 2 (dq). A second copy of the
+        # loop, without the diagonal's comparisons, would cost the registers of the fourth, keys
+        # loaded ahead those of the third.
+        (64, 512, True): {
+            "forward": Plan(64, 64, 4, 2, registers=128, one_loop=True),
+            "dq": Plan(64, 64, 4, 1, registers=168),
+            "dkdv": Plan(64, 64, 4, 1),
+        },
+        (64, None, False): {  # with dropout dkdv spills where it loads ahead
+            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 2)
+        },
+        (64, None, None): {
+            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)
+        },
+        (128, None, None): {
+            "forward": Plan(64, 64, 4, 2), "dq": Plan(128, 64, 8, 2), "dkdv": Plan(128, 64, 8, 1)
+        },
+        (256, None, None): {
+            "forward": Plan(128, 64, 8, 2), "dq": Plan(128, 32, 8, 2), "dkdv": Plan(32, 64, 8, 1)
+        },
+    },
+    "gfx942": {
+        (64, None, None): {
+            "forward": Plan(128, 32, 4, 1), "dq": Plan(128, 32, 4, 1), "dkdv": Plan(64, 16, 4, 1)
+        },
+        (128, None, None): {
+            "forward": Plan(128, 32, 4, 1), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)
+        },
+        (256, None, None): {
+            "forward": Plan(64, 32, 4, 2), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)
+        },
+    },
+    "sm_100": {
+        (64, None, None): {
+            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)
+        },
+        (128, None, None): {
+            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 8, 2), "dkdv": Plan(64, 64, 8, 1)
+        },
+        (256, None, None): {
+            "forward": Plan(128, 32, 8, 1), "dq": Plan(128, 64, 8, 1), "dkdv": Plan(64, 64, 8, 1)
+        },
+    },
+}  # fmt: skip
 # float32, whose products are of scalars: what a thread multiplies it holds in registers. Below 64
 # rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
 _FLOAT32 = (Plan(32, 32, 4, 1), Plan(32, 16, 4, 1), Plan(16, 16, 8, 1))
@@ -532,13 +575,24 @@ _ODD_ROWS = {
 
 
 def plan(
-    kernel: str, architecture: str, D: int, dtype: torch.dtype, dropout: bool, tf32: bool = False
+    kernel: str,
+    architecture: str,
+    D: int,
+    T: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    tf32: bool = False,
 ) -> Plan:
-    """The launch plan of `kernel`, "forward", "dq" or "dkdv"; tf32: float32 is multiplied so."""
+    """The launch plan of `kernel`, "forward", "dq" or "dkdv".
+
+    Args:
+        T: number of keys.
+        tf32: float32 is multiplied so.
+    """
     if architecture == "interpreter":
         # Small and not square, so that small tests cross every kind of block edge; the same for
         # all kernels, because numpy's products round differently in each shape.
-        return Plan(16, 32, 4, 1) if D <= 32 else Plan(32, 16, 4, 1)
+        return Plan(16, 32, 4, 1, one_loop=dropout) if D <= 32 else Plan(32, 16, 4, 1)
     size = (D > 64) + (D > 128)
     if tf32 and size < 2 and not architecture.startswith("gfx"):
         return _TF32[size][kernel]
@@ -549,7 +603,20 @@ def plan(
             return _ODD_ROWS[kernel]
         if kernel == "forward" and size:
             return Plan(64, 32, 4, 1)  # 64 keys spill
-    return _PLANS.get(architecture, _PLANS["sm_80"])[size][kernel]
+    return _row(architecture, D, T, dropout)[kernel]
+
+
+def _row(architecture: str, D: int, T: int, dropout: bool) -> dict[str, Plan]:
+    """The plans of the three kernels in the row that counts."""
+    rows = _PLANS["sm_80"] | _PLANS.get(architecture, {})
+    *_, plans = min(
+        (most_D, most_T or math.inf, drops is None, plans)
+        for (most_D, most_T, drops), plans in rows.items()
+        if D <= most_D and T <= (most_T or math.inf) and drops in (None, dropout)
+    )
+    if D & (D - 1):  # columns to be masked take registers of their own
+        plans = {name: replace(blocks, registers=None) for name, blocks in plans.items()}
+    return plans
 
 
 def _quads(architecture: str, block_n: int) -> bool:
@@ -568,14 +635,17 @@ def _qk_scale(q, scale: float) -> float:
 def _options(kernel: str, tensors, dropout_p: float, key, blocks: Plan | None) -> tuple[Plan, dict]:
     """The plan of a launch and the constexpr arguments it shares with the others.
 
-    tensors: all that the kernel takes by strides, q first.
+    tensors: all that the kernel takes by strides, q and k first.
     """
-    q = tensors[0]
+    q, k = tensors[:2]
     D, architecture = q.shape[-1], backend.architecture(q.device)
     precision = backend.product_precision(q.dtype)
     tf32 = precision == "tf32"
-    blocks = blocks or plan(kernel, architecture, D, q.dtype, dropout_p > 0, tf32)
-    return blocks, {
+    blocks = blocks or plan(kernel, architecture, D, k.shape[2], q.dtype, dropout_p > 0, tf32)
+    options = {"maxnreg": blocks.registers} if blocks.registers else {}
+    if kernel == "forward":
+        options["ONE_LOOP"] = blocks.one_loop
+    return blocks, options | {
         "HEAD_DIM": D,
         "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
         "BLOCK_M": blocks.block_m,

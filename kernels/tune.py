@@ -2,11 +2,10 @@
 
     python -m kernels.tune [--dropout 0.2] [--dtype bfloat16] [--head_size 64 128] [--seconds 600]
 
-For each head size D and each of the three kernels, candidates are timed (median of repeated
-launches, L2 flushed in between) at B64 H6 T256 and B4 H12 T4096, first the shipped plan, then its
-neighbours, until all are or the time is up; the plan with the least summed relative time wins. The
-printed rows, of other head sizes as they are shipped, go into `_PLANS` of
-`kernels.attention_kernels`.
+For each head size D, short and long sequences (B64 H6 T256, B4 H12 T4096) and each of the three
+kernels, candidates are timed (median of repeated launches, L2 flushed in between), first the
+shipped plan, then its neighbours, until all are or the time is up; the fastest wins. The printed
+rows go into `_PLANS` of `kernels.attention_kernels`, where this architecture is.
 """
 
 import dataclasses
@@ -26,35 +25,39 @@ from kernels.command_line import Parser
 
 KERNELS = ("forward", "dq", "dkdv")
 HEAD_SIZES = (64, 128, 256)
-SIZES = ((64, 6, 256), (4, 12, 4096))  # B, H, T
+SIZES = {512: (64, 6, 256), None: (4, 12, 4096)}  # most keys of a row -> B, H, T
 _REPEATS = 20
 
 
-def candidates() -> list[Plan]:
-    """Every plan worth a measurement."""
-    blocks = itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))
-    return [Plan(*block) for block in blocks if block[0] * block[1] <= 128 * 128 // 2]
+def candidates(kernel: str, architecture: str) -> list[Plan]:
+    """Every plan worth a measurement; registers are capped where so many programs then fit."""
+    caps = (None, 168, 128) if architecture.startswith("sm_") else (None,)
+    loops = (False, True) if kernel == "forward" else (False,)
+    blocks = itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3), caps, loops)
+    plans = [Plan(*block) for block in blocks if block[0] * block[1] <= 128 * 128 // 2]
+    return [plan for plan in plans if plan.warps == 4 or plan.registers is None]
 
 
-def nearest_first(shipped: Plan) -> list[Plan]:
-    """The candidates by how many doublings and halvings they are from the shipped plan."""
+def nearest_first(plans: list[Plan], shipped: Plan) -> list[Plan]:
+    """Plans by how many doublings, halvings and other choices they are from the shipped one."""
 
     def distance(plan: Plan) -> float:
-        pairs = zip(dataclasses.astuple(plan), dataclasses.astuple(shipped), strict=True)
-        return sum(abs(math.log2(a / b)) for a, b in pairs)
+        a, b = dataclasses.astuple(plan), dataclasses.astuple(shipped)
+        doublings = sum(abs(math.log2(x / y)) for x, y in zip(a[:4], b[:4], strict=True))
+        return doublings + sum(x != y for x, y in zip(a[4:], b[4:], strict=True))
 
-    return sorted(candidates(), key=distance)
+    return sorted(plans, key=distance)
 
 
 def best(
     plans: Iterable[Plan],
-    times: Callable[[Plan], list[float] | None],
+    time_of: Callable[[Plan], float | None],
     seconds: float = math.inf,
 ) -> tuple[Plan, int]:
-    """The plan whose times, each relative to the fastest of its size, add up to the least.
+    """The fastest plan.
 
     Args:
-        times: returns one time a size, or None for a plan that cannot run.
+        time_of: returns None for a plan that cannot run.
         seconds: after which no other plan is tried, once one has run.
     Returns: the plan, and how many were tried.
     Raises: RuntimeError if no plan can run.
@@ -64,27 +67,21 @@ def best(
         if measured and time.monotonic() >= end:
             break
         tried += 1
-        if (result := times(plan)) is not None:
+        if (result := time_of(plan)) is not None:
             measured[plan] = result
     if not measured:
         raise RuntimeError("tune: at least one plan must run; got none")
-    fastest = [min(column) for column in zip(*measured.values(), strict=True)]
-
-    def relative(plan: Plan) -> float:
-        return sum(t / f for t, f in zip(measured[plan], fastest, strict=True))
-
-    return min(measured, key=relative), tried
+    return min(measured, key=measured.get), tried
 
 
-def rows(architecture: str, winners: dict[tuple[str, int], Plan]) -> str:
-    """The entry of `_PLANS` for (kernel, D) -> plan."""
-    lines = [f'    "{architecture}": (']
-    for D in HEAD_SIZES:
-        plans = (winners[kernel, D] for kernel in KERNELS)
-        fields = (f"Plan({p.block_m}, {p.block_n}, {p.warps}, {p.stages})" for p in plans)
-        pairs = (f'"{kernel}": {field}' for kernel, field in zip(KERNELS, fields, strict=True))
-        lines.append(f"        {{{', '.join(pairs)}}},")
-    return "\n".join([*lines, "    ),"])
+def rows(winners: dict[tuple[int, int | None], dict[str, Plan]], dropout: bool) -> str:
+    """Entries of `_PLANS` for (D, most keys) -> kernel -> plan."""
+    lines = []
+    for (D, most_keys), plans in winners.items():
+        lines.append(f"        ({D}, {most_keys}, {dropout}): {{")
+        lines += [f'            "{kernel}": {plan},' for kernel, plan in plans.items()]
+        lines.append("        },")
+    return "\n".join(lines)
 
 
 def _time_ms(run: Callable[[], None], flush: torch.Tensor) -> float:
@@ -132,19 +129,16 @@ def _launcher(kernel: str, B, H, T, D, dtype, dropout_p) -> Callable[[Plan], Non
     return run
 
 
-def _measure(kernel: str, D: int, plan: Plan, dtype, dropout_p: float) -> list[float] | None:
-    """Milliseconds at each of SIZES, or None if the plan asks for too much."""
+def _measure(kernel: str, size, D: int, plan: Plan, dtype, dropout_p: float) -> float | None:
+    """Milliseconds at size (B, H, T), or None if the plan asks for too much."""
     from triton import OutOfResources
 
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-    times = []
-    for size in SIZES:
-        run = _launcher(kernel, *size, D, dtype, dropout_p)
-        try:
-            times.append(_time_ms(functools.partial(run, plan), flush))
-        except OutOfResources:
-            return None
-    return times
+    run = _launcher(kernel, *size, D, dtype, dropout_p)
+    try:
+        return _time_ms(functools.partial(run, plan), flush)
+    except OutOfResources:
+        return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,26 +157,26 @@ def main(arguments: list[str] | None = None) -> int:
         print("tune: needs a CUDA or ROCm GPU and triton; found none", file=sys.stderr)
         return 2
     dtype, architecture = getattr(torch, options.dtype), backend.architecture(torch.device("cuda"))
-    winners = {
-        (kernel, D): attention_kernels.plan(kernel, architecture, D, dtype, options.dropout > 0)
-        for kernel, D in itertools.product(KERNELS, HEAD_SIZES)
-    }
-    wanted = list(itertools.product(KERNELS, dict.fromkeys(options.head_size)))
+    dropout, winners = options.dropout > 0, {}
+    wanted = list(itertools.product(dict.fromkeys(options.head_size), SIZES, KERNELS))
     end = time.monotonic() + options.seconds
-    for number, (kernel, D) in enumerate(wanted):
-        plans = nearest_first(winners[kernel, D])
+    for number, (D, most_keys, kernel) in enumerate(wanted):
+        size = SIZES[most_keys]
+        shipped = attention_kernels.plan(kernel, architecture, D, size[2], dtype, dropout)
+        plans = nearest_first(candidates(kernel, architecture), shipped)
 
-        def times(plan, kernel=kernel, D=D):
-            measured = _measure(kernel, D, plan, dtype, options.dropout)
-            said = " ".join(f"{ms:.3f}" for ms in measured) + " ms" if measured else "cannot run"
+        def time_of(plan, kernel=kernel, size=size, D=D):
+            measured = _measure(kernel, size, D, plan, dtype, options.dropout)
+            said = "cannot run" if measured is None else f"{measured:.3f} ms"
             print(f"  {plan}: {said}", file=sys.stderr, flush=True)
             return measured
 
         share = (end - time.monotonic()) / (len(wanted) - number)
-        winners[kernel, D], tried = best(plans, times, share)
-        said = f"{kernel} D={D}: {winners[kernel, D]}, {tried} of {len(plans)} candidates tried"
-        print(said, file=sys.stderr, flush=True)
-    print(rows(architecture, winners))
+        winner, tried = best(plans, time_of, share)
+        winners.setdefault((D, most_keys), {})[kernel] = winner
+        said = f"{winner}, {tried} of {len(plans)} candidates tried"
+        print(f"{kernel} D={D} T={size[2]}: {said}", file=sys.stderr, flush=True)
+    print(f"{architecture}:\n{rows(winners, dropout)}")
     return 0
 
 

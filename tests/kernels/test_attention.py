@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from kernels import (
     attention,
     attention_eager,
+    attention_kernels,
     causal_attention,
     causal_attention_qkv,
     rotary_qkv,
@@ -180,6 +181,34 @@ def test_2x_rule_packed(backend, dropout_p, device):
     key = make_key(1, 2, 3, device=device)
     options = {"dropout_p": dropout_p, "key": key, "site": SITE, "backend": backend}
     check(tensors, do, function=packed, **options)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids="p{}".format)
+@pytest.mark.parametrize("Tq, Tk", [(50, 81), (96, 96), (1, 70)])
+def test_one_loop_takes_what_two_take(Tq, Tk, dropout_p, device):
+    """Bit for bit: of tiles below the diagonal nothing is hidden."""
+    pytest.importorskip("triton", reason="needs triton")
+    q, k, v, _ = draw((2, 2, Tq, Tk, 16), device, torch.float16)
+    results = []
+    for one_loop in (False, True):
+        o = torch.full_like(q, float("nan"))
+        blocks = attention_kernels.Plan(16, 32, 4, 1, one_loop=one_loop)
+        options = make_key(3, 4, device=device), 0.3, dropout_p, SITE, blocks
+        results.append((o, attention_kernels.forward(q, k, v, o, *options)))
+    assert all(map(torch.equal, *results)) and results[0][0].isfinite().all()
+
+
+def test_a_plans_registers_reach_the_compiler():
+    """Few keys with dropout on sm_90: four programs a multiprocessor, and three."""
+    pytest.importorskip("triton", reason="needs triton")
+    qkv = torch.empty(2, 256, 3, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    key, caps = torch.empty(2, dtype=torch.int64, device="meta"), {}
+    with recording(lambda kernel, _, __, kw: caps.update({kernel.__name__: kw}), "sm_90"):
+        o = causal_attention_qkv(qkv, dropout_p=0.2, key=key, backend="triton")
+        o.backward(torch.empty_like(o))
+    forward, dq, dkdv = (caps[f"_attention_{name}_kernel"] for name in ("forward", "dq", "dkdv"))
+    assert forward["maxnreg"] == 128 and forward["ONE_LOOP"]
+    assert dq["maxnreg"] == 168 and "maxnreg" not in dkdv
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4], ids="p{}".format)

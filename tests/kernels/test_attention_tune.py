@@ -1,5 +1,7 @@
 """`python -m kernels.tune`: choosing and printing plans, with invented times."""
 
+import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -9,18 +11,17 @@ import torch
 from kernels import attention_kernels, tune
 from kernels.attention_kernels import Plan
 
-FAST_SHORT, FAST_LONG, BALANCED, TOO_BIG = (Plan(m, 64, 4, 2) for m in (16, 32, 64, 128))
-TIMES = {FAST_SHORT: [1.0, 30.0], FAST_LONG: [3.0, 10.0], BALANCED: [1.1, 11.0], TOO_BIG: None}
+SLOW, FAST, SLOWER, TOO_BIG = (Plan(m, 64, 4, 2) for m in (16, 32, 64, 128))
+TIMES = {SLOW: 3.0, FAST: 1.0, SLOWER: 4.0, TOO_BIG: None}
 
 
-def test_best_weighs_sizes_alike():
-    assert tune.best(TIMES, TIMES.get) == (BALANCED, 4)
-    assert tune.best([FAST_LONG, TOO_BIG], TIMES.get) == (FAST_LONG, 2)
+def test_best_is_the_fastest():
+    assert tune.best(TIMES, TIMES.get) == (FAST, 4)
+    assert tune.best([SLOWER, TOO_BIG], TIMES.get) == (SLOWER, 2)
 
 
 def test_best_stops_when_its_time_is_up_and_one_plan_ran():
-    plans = [TOO_BIG, FAST_SHORT, FAST_LONG, BALANCED]
-    assert tune.best(plans, TIMES.get, seconds=0) == (FAST_SHORT, 2)
+    assert tune.best([TOO_BIG, SLOW, FAST, SLOWER], TIMES.get, seconds=0) == (SLOW, 2)
 
 
 def test_best_needs_one_plan_that_runs():
@@ -28,34 +29,64 @@ def test_best_needs_one_plan_that_runs():
         tune.best([TOO_BIG], TIMES.get)
 
 
-def test_rows_are_an_entry_of_the_table():
+def entries(text):
+    """What `tune.rows` printed, as the table has it."""
+    return eval("{" + text + "}", {"Plan": Plan})
+
+
+def test_rows_are_entries_of_the_table(monkeypatch):
+    """Put there they count, for what they were measured at and no other."""
     winners = {
-        (kernel, D): Plan(D, 32, i + 1, 2)
-        for i, kernel in enumerate(tune.KERNELS)
-        for D in tune.HEAD_SIZES
+        (D, most_keys): {
+            kernel: Plan(D, 32, i + 1, 2, 168, most_keys is None)
+            for i, kernel in enumerate(tune.KERNELS)
+        }
+        for D, most_keys in itertools.product((64, 128), tune.SIZES)
     }
-    text = tune.rows("sm_90", winners)
-    entry = eval("{" + text + "}", {"Plan": Plan})["sm_90"]
-    for (kernel, D), plan in winners.items():
-        assert entry[(D > 64) + (D > 128)][kernel] == plan
+    table = entries(tune.rows(winners, dropout=True))
+    assert table == {(*key, True): plans for key, plans in winners.items()}
+    before = attention_kernels._PLANS["sm_80"]
+    monkeypatch.setitem(attention_kernels._PLANS, "sm_89", table)
+    for D, T, dropout in itertools.product((1, 64, 128, 256), (1, 512, 513), (True, False)):
+        for kernel in tune.KERNELS:
+            plan = attention_kernels.plan(kernel, "sm_89", D, T, torch.bfloat16, dropout)
+            row = max(64, D), (512 if T <= 512 else None)
+            known = winners.get(row) if dropout else None
+            assert plan == (known or before[row[0], None, None])[kernel]
 
 
-def test_candidates_hold_the_checked_in_plans():
-    shipped = {
-        p for rows in attention_kernels._PLANS.values() for row in rows for p in row.values()
-    }
-    assert shipped <= set(tune.candidates())
+def test_the_least_row_that_fits_counts():
+    """On sm_90 few keys with dropout have one of their own; a head size of 40 has no cap."""
+
+    def plan(kernel, D, T, dropout):
+        return attention_kernels.plan(kernel, "sm_90", D, T, torch.bfloat16, dropout)
+
+    short = Plan(64, 64, 4, 2, registers=128, one_loop=True)
+    assert plan("forward", 64, 512, True) == plan("forward", 32, 1, True) == short
+    assert plan("forward", 40, 512, True) == dataclasses.replace(short, registers=None)
+    assert plan("forward", 64, 513, True) == plan("forward", 64, 512, False)
+    assert plan("dkdv", 64, 256, False).stages == 2 and plan("dkdv", 64, 513, True).stages == 1
+
+
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_candidates_hold_the_checked_in_plans(kernel):
+    for architecture, rows in attention_kernels._PLANS.items():
+        shipped = {plans[kernel] for plans in rows.values()}
+        assert shipped <= set(tune.candidates(kernel, architecture))
 
 
 def test_candidates_come_by_their_distance_from_the_shipped_plan():
-    plans = tune.nearest_first(Plan(64, 64, 8, 1))
+    candidates = tune.candidates("forward", "sm_90")
+    plans = tune.nearest_first(candidates, Plan(64, 64, 8, 1))
     assert plans[0] == Plan(64, 64, 8, 1) and sorted(map(str, plans)) == sorted(
-        map(str, tune.candidates())
+        map(str, candidates)
     )
-    one_away = [Plan(32, 64, 8, 1), Plan(64, 32, 8, 1), Plan(64, 64, 4, 1), Plan(64, 64, 8, 2)]
-    one_away += [Plan(64, 128, 8, 1), Plan(128, 64, 8, 1)]
-    assert plans[1:7] == one_away and plans[7] == Plan(64, 64, 8, 3)
-    assert plans[-1] == Plan(128, 16, 4, 3)
+    one_away = {Plan(32, 64, 8, 1), Plan(64, 32, 8, 1), Plan(64, 64, 4, 1), Plan(64, 64, 8, 2)}
+    one_away |= {Plan(64, 128, 8, 1), Plan(128, 64, 8, 1), Plan(64, 64, 8, 1, one_loop=True)}
+    assert set(plans[1:8]) == one_away
+    assert plans[-1] == Plan(128, 16, 4, 3, 128, one_loop=True)
+    assert {plan.registers for plan in tune.candidates("dq", "gfx942")} == {None}
+    assert not any(plan.one_loop for plan in tune.candidates("dq", "sm_90"))
 
 
 @pytest.fixture
@@ -63,10 +94,10 @@ def gpu(monkeypatch):
     """An sm_90 that takes a second a plan, and less time the more keys a plan has."""
     now, measured = [0.0], []
 
-    def measure(kernel, D, plan, dtype, dropout_p):
+    def measure(kernel, size, D, plan, dtype, dropout_p):
         now[0] += 1.0
-        measured.append((kernel, D))
-        return [1 / plan.block_n, 1.0]
+        measured.append((D, size[2], kernel))
+        return 1 / plan.block_n
 
     monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.backend, "HAS_TRITON", True)
@@ -77,21 +108,27 @@ def gpu(monkeypatch):
 
 
 def test_within_its_seconds_each_kernel_has_an_equal_share(gpu, capsys):
-    assert tune.main(["--head_size", "64", "128", "--seconds", "42"]) == 0
-    assert gpu == [(kernel, D) for kernel in tune.KERNELS for D in (64, 128) for _ in range(7)]
+    assert tune.main(["--head_size", "64", "128", "--seconds", "84"]) == 0
+    shares = itertools.product((64, 128), (256, 4096), tune.KERNELS)
+    assert gpu == [share for share in shares for _ in range(7)]
     out, err = capsys.readouterr()
-    assert err.count(", 7 of 66 candidates tried\n") == 6 and err.count(": 0.0") == 42
-    tuned = eval("{" + out + "}", {"Plan": Plan})["sm_90"]
-    shipped = attention_kernels._PLANS["sm_90"]
-    assert tuned[2] == shipped[2]
-    assert tuned[0]["forward"] == max(
-        tune.nearest_first(shipped[0]["forward"])[:7], key=lambda plan: plan.block_n
+    assert err.count(", 7 of ") == 12 and err.count(": 0.0") == 84
+    assert out.startswith("sm_90:\n")
+    tuned = entries(out.removeprefix("sm_90:"))
+    assert tuned.keys() == {(64, 512, True), (64, None, True), (128, 512, True), (128, None, True)}
+    shipped = attention_kernels._PLANS["sm_90"][64, 512, True]["forward"]
+    assert tuned[64, 512, True]["forward"] == max(
+        tune.nearest_first(tune.candidates("forward", "sm_90"), shipped)[:7],
+        key=lambda plan: plan.block_n,
     )
 
 
 def test_without_a_limit_every_candidate_is_tried(gpu, capsys):
-    assert tune.main([]) == 0
-    assert len(gpu) == 9 * 66 and capsys.readouterr().err.count("66 of 66 candidates tried") == 9
+    assert tune.main(["--dropout", "0"]) == 0
+    count = sum(len(tune.candidates(kernel, "sm_90")) for kernel in tune.KERNELS)
+    assert len(gpu) == 6 * count and set(entries(capsys.readouterr().out[6:])) == {
+        (D, most_keys, False) for D in tune.HEAD_SIZES for most_keys in tune.SIZES
+    }
 
 
 @pytest.mark.parametrize(
