@@ -271,8 +271,8 @@ def launch_reduce(losses, targets, ignore_index, reduction):
         losses.shape[0],
         ignore_index,
         MEAN=reduction == "mean",
-        BLOCK_M=2048,
-        num_warps=8,
+        BLOCK_M=8192,
+        num_warps=16,
     )
     return loss, factor
 

@@ -21,7 +21,7 @@ from kernels.layer_norm import keep_rows
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_ONE_HOT = 256  # tokens; characters and bytes
-_PIECES = 32  # of the rows in the one-hot product: with 64 columns a tile, 192 programs at C = 384
+_PIECES = 64  # of the rows in the one-hot product: with 64 columns a tile, 384 programs at C = 384
 
 
 # --- Eager ----------------------------------------------------------------------------------------

@@ -110,6 +110,7 @@ def _backward_kernel(
     HAS_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_X_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program i of P owns row tiles i, i + P, i + 2P, ... and partial row i."""
     program = tl.program_id(0)
@@ -123,7 +124,7 @@ def _backward_kernel(
     if key_ptr is not None:
         seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
         first_row = first * rows_per_sequence.to(tl.uint32)
-    for tile in range(program, tl.cdiv(M, BLOCK_M), P):
+    for tile in tl.range(program, tl.cdiv(M, BLOCK_M), P, num_stages=STAGES):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = rows < M
         mask = mask_m[:, None] & mask_c[None, :]
@@ -285,12 +286,18 @@ def _parameter_gradient_kernel(
 
 @dataclass(frozen=True)
 class LayerNormPlan:
-    """Tiles and warps of one launch; `programs` persistent ones a multiprocessor, 0 for none."""
+    """Tiles and warps of one launch.
+
+    Attributes:
+        programs: persistent ones a multiprocessor, 0 for none.
+        stages: 2 if the next tile is loaded while one is computed.
+    """
 
     BLOCK_M: int
     BLOCK_C: int
     num_warps: int
     programs: int = 0
+    stages: int = 1
 
 
 def forward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
@@ -309,21 +316,27 @@ def forward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan
 WIDE_C = 8192  # beyond it a row and its columns' sums no longer fit in registers together
 
 
-def backward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
+def backward_plan(architecture: str, C: int, dtype: torch.dtype, residual: bool) -> LayerNormPlan:
     """A thread has 16 values of a tile, and of each column sum, in registers; 8 of long rows.
 
-    Three programs of four warps fit a multiprocessor and keep 36 KB of loads under way. Partial
-    sums are (programs, C). Wide rows go in pieces, one program a row, and
-    `_parameter_gradient_kernel` sums the columns. Chosen by compiled code, not by a measurement.
+    As many programs as fit a multiprocessor, four or three of four warps, take the tiles in turns.
+    Each loads the next one behind the one it computes, so that 25 to 35 KB are always under way;
+    on sm_100 that would spill. Partial sums are (programs, C). Wide rows go in pieces, one program
+    a row, and `_parameter_gradient_kernel` sums the columns. Chosen by compiled code, not by a
+    measurement.
+
+    Args:
+        residual: a gradient of the residual is added, which takes registers.
     """
     if C > WIDE_C:
         return LayerNormPlan(BLOCK_M=1, BLOCK_C=4096, num_warps=8)
     BLOCK_C = max(16, _next_power_of_two(C))
+    stages = 2 if architecture.startswith(("sm_8", "sm_9")) else 1
     if BLOCK_C > 2048:
-        return LayerNormPlan(BLOCK_M=1, BLOCK_C=BLOCK_C, num_warps=16, programs=1)
-    return LayerNormPlan(
-        BLOCK_M=max(1, min(32, 2048 // BLOCK_C)), BLOCK_C=BLOCK_C, num_warps=4, programs=3
-    )
+        programs = 2 if BLOCK_C == 4096 and not residual else 1
+        return LayerNormPlan(1, BLOCK_C, 16, programs, stages)
+    programs = 3 if residual or architecture.startswith("gfx") else 4
+    return LayerNormPlan(max(1, min(32, 2048 // BLOCK_C)), BLOCK_C, 4, programs, stages)
 
 
 def parameter_gradient_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
@@ -426,7 +439,7 @@ def backward(
     distinct = dropout_p > 0 or x_dtype != r.dtype
     dx = torch.empty(r.shape if distinct else 0, dtype=x_dtype, device=device)
     architecture = backend.architecture(device)
-    plan = backward_plan(architecture, C, x_dtype)
+    plan = backward_plan(architecture, C, x_dtype, dnew is not None)
     has_bias, has_x_bias = bias_dtype is not None, x_bias_dtype is not None
     tensors = (
         dy,
@@ -461,6 +474,7 @@ def backward(
             BLOCK_M=plan.BLOCK_M,
             HAS_BIAS=has_bias,
             HAS_X_BIAS=has_x_bias,
+            STAGES=plan.stages,
             **constants,
         )
     else:

@@ -40,8 +40,9 @@ def sum_partials(partials: torch.Tensor, *dtypes: torch.dtype) -> list[torch.Ten
     """Sums over the middle axis of partials (n, P, C), float32, as n (C,) tensors; n is 1 to 3."""
     n, P, C = partials.shape
     outputs = [torch.empty(C, dtype=dtype, device=partials.device) for dtype in dtypes]
-    # A narrow tile gives even C = 384 some fifty programs: the kernel is bound by latency.
-    BLOCK_P, BLOCK_C = 128, 16
+    # The kernel is bound by latency. A narrow tile gives even C = 384 some fifty programs, and all
+    # that 132 multiprocessors left in three or four programs each is loaded at once.
+    BLOCK_P, BLOCK_C = 512 if P > 128 else 128, 16
     backend.launch(
         _sum_partials_kernel,
         (-(-C // BLOCK_C), n),
@@ -52,6 +53,6 @@ def sum_partials(partials: torch.Tensor, *dtypes: torch.dtype) -> list[torch.Ten
         C,
         BLOCK_P=BLOCK_P,
         BLOCK_C=BLOCK_C,
-        num_warps=4,
+        num_warps=BLOCK_P // 32,
     )
     return outputs

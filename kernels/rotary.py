@@ -131,9 +131,13 @@ def _rotary_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two, at least HEAD_DIM
 ):
-    """Program (i, place) owns BLOCK_M positions of one head's queries, keys or values."""
-    tiles, place = tl.cdiv(T, BLOCK_M), tl.program_id(1)
-    b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    """Program i * 3H + place owns BLOCK_M positions of one head's queries, keys or values.
+
+    Neighbours take the places of the same positions, which lie together in memory.
+    """
+    tiles, place = tl.cdiv(T, BLOCK_M), tl.program_id(0) % (3 * H)
+    i = tl.program_id(0) // (3 * H)
+    b, tile = i // tiles, i % tiles
     t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask = (t < T)[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -172,7 +176,7 @@ def _launch(qkv, dy, table, normalize):
     BLOCK_M = max(1, 2048 // BLOCK_D)  # 16 elements a thread
     backend.launch(
         _rotary_kernel,
-        (B * -(-T // BLOCK_M), 3 * H),
+        (B * -(-T // BLOCK_M) * 3 * H,),
         qkv,
         dy,
         table,

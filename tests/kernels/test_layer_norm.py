@@ -586,12 +586,14 @@ def test_plans_cover_every_width():
     """Tiles hold a row, are powers of two and leave a thread at most 64 values."""
     architectures, widths = ("sm_80", "sm_90", "gfx942"), (1, 7, 384, 768, 1024, 4096, 16384)
     for architecture, C in itertools.product(architectures, widths):
-        forward, backward = (
-            plan(architecture, C, torch.bfloat16)
-            for plan in (layer_norm_kernels.forward_plan, layer_norm_kernels.backward_plan)
+        forward = layer_norm_kernels.forward_plan(architecture, C, torch.bfloat16)
+        plain, residual = (
+            layer_norm_kernels.backward_plan(architecture, C, torch.bfloat16, with_residual)
+            for with_residual in (False, True)
         )
         assert forward.BLOCK_C >= C
-        assert backward.BLOCK_C >= C if backward.programs else C > layer_norm_kernels.WIDE_C
-        for plan in (forward, backward):
+        assert plain.programs >= residual.programs
+        for plan in (forward, plain, residual):
+            assert plan.BLOCK_C >= C if plan.programs else plan is forward or C > 8192
             assert plan.BLOCK_C & (plan.BLOCK_C - 1) == 0
             assert plan.BLOCK_M * plan.BLOCK_C <= 64 * 32 * plan.num_warps
