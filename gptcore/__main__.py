@@ -91,7 +91,7 @@ def sample(arguments) -> int:
                 )
         print(task.answer(model, arguments.start or task.example()))
         return 0
-    start = tokenizer.decode([0]) if arguments.start is None else arguments.start
+    start = tokenizer.newline() if arguments.start is None else arguments.start
     tokens = tokenizer.encode(start).astype("int64")
     if arguments.num_samples < 1:
         raise ConfigError(f"--num_samples must be at least 1; got {arguments.num_samples}")
@@ -141,12 +141,18 @@ def _until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
 
 def _add_eval(parser: Parser) -> None:
     _add_run(parser)
-    parser.add_argument("--data", default=None, help="default: what it was trained on")
+    parser.add_argument(
+        "--data",
+        default=None,
+        help="another text, all of it; default: what was held out of its own",
+    )
 
 
 def evaluate(arguments) -> int:
-    """loss and accuracy on the validation split"""
+    """loss and accuracy on the validation split, or on another text"""
     import math
+
+    import torch
 
     from gptcore import evaluation
     from gptcore.data import Corpus, load_data
@@ -161,14 +167,19 @@ def evaluate(arguments) -> int:
         raise ConfigError(
             f"{checkpoint.folder} was not trained on {task.text.source}; leave --data out"
         )
+    text = task.text if task else load_data(train.data)
+    own = text.sha256 == checkpoint.config.get("data", {}).get("sha256")
     corpus = task or Corpus.build(
-        load_data(train.data),
+        text,
         checkpoint.tokenizer,
-        val_fraction=train.val_fraction,
+        val_fraction=train.val_fraction if own or arguments.data is None else 1.0,
         device=device,
         eval_tokens=train.eval_tokens,
     )
-    corpus.check_block(block_size)
+    if not task and len(corpus.val) < 2:
+        raise ConfigError(f"--data {train.data}: at least two tokens are needed; got one")
+    if train.dtype == "bfloat16":  # as the run did
+        model.to(torch.bfloat16)
     size = max(1, evaluation.EVALUATION_TOKENS // block_size)
     batches = evaluation.in_pieces(checkpoint.model, corpus.validation(size, block_size))
     result = evaluation.evaluate(model, batches)
@@ -204,6 +215,8 @@ def import_(arguments) -> int:
     kind = arguments.tokenizer or ("gpt2" if arguments.data is None else "char")
     if kind == "char" and arguments.data is None:
         raise ConfigError("--tokenizer char needs --data, whose characters are the vocabulary")
+    if arguments.format == "notebook" and arguments.data is None and arguments.tokenizer is None:
+        raise ConfigError("--format notebook needs --data, the text the model was trained on")
     text = "" if kind != "char" else load_text(arguments.data).content
     tokenizer = tokenizer_for(kind, text)
     gpt = import_model(

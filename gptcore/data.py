@@ -117,15 +117,16 @@ def read_text_file(path: str) -> Text:
         raise ConfigError(
             f"--data {path}: cannot read it: {error.strerror}; give a text file"
         ) from error
-    if not raw:
-        raise ConfigError(f"--data {path}: the file is empty; give one with text in it")
     try:
-        return Text(raw.decode("utf-8-sig"), str(Path(path)))
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--data {path}: not UTF-8 at byte {error.start}; convert it, for example with "
             "iconv -f latin1 -t utf-8"
         ) from error
+    if not text:
+        raise ConfigError(f"--data {path}: the file is empty; give one with text in it")
+    return Text(text, str(Path(path)))
 
 
 def cache_dir() -> Path:
@@ -256,11 +257,11 @@ class Corpus:
 
     def example(self) -> str:
         """A word to start a sample with, of characters that the text has; perhaps none."""
-        if "tinyshakespeare" in self.text.source:
-            return "LEONTES:"
-        with contextlib.suppress(ConfigError):
-            self.tokenizer.encode("The")
-            return "The"
+        known = ("LEONTES:",) if "tinyshakespeare" in self.text.source else ()
+        for word in (*known, "The"):
+            with contextlib.suppress(ConfigError):
+                self.tokenizer.encode(word)
+                return word
         words = self.tokenizer.decode(self.val[:200].tolist()).split()[1:]  # the first, in part
         return next((word[:12] for word in words if word.isprintable()), "")
 

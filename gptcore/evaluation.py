@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptcore.trainer import Run
 
 EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
-EVALUATION_LOGITS = 1 << 28  # per forward at most, but for one sequence: 1 GB in float32
+EVALUATION_LOGITS = 1 << 26  # per forward at most, but for one sequence: 256 MB in float32
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ def adopt(
     """The settings of a run that starts from `origin`: its model, its kind of tokenizer.
 
     Args:
-        given: what the user asked for by flags or file; its learning rate is taken as it is, the
-            preset's is divided by GENTLER.
+        given: what the user asked for by flags or file; its learning rate is taken as it is.
+            Without one, the preset's or that of `origin`, the lower, is divided by GENTLER.
     Returns: TrainConfig and the fields of GPTConfig.
     Raises: ConfigError where the user asked for another model.
     """
@@ -46,9 +46,12 @@ def adopt(
     if "tokenizer" not in given:
         changes["tokenizer"] = origin.tokenizer.kind
     if "learning_rate" not in given:
-        rate = changes["learning_rate"] = config.learning_rate / GENTLER
-        print(f"--init_from: learning rate {rate:.3g}, the preset's divided by {GENTLER:g}")
-        changes["min_lr"] = config.min_lr if "min_lr" in given else config.min_lr / GENTLER
+        before = min(config.learning_rate, origin.train.learning_rate)
+        rate = changes["learning_rate"] = before / GENTLER
+        whose = "the preset's" if before == config.learning_rate else f"that of {origin.folder}"
+        print(f"--init_from: learning rate {rate:.3g}, {whose} divided by {GENTLER:g}")
+        if "min_lr" not in given:
+            changes["min_lr"] = config.min_lr * rate / config.learning_rate
     model.update({name: given[name] for name in FREE_FIELDS if name in given})
     return config.replace(**changes), model
 

@@ -108,24 +108,21 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
-            flags = list(_flags(self))
             kind = "flag" if word.startswith("-") else "argument"
-            raise ConfigError(
-                f"unknown {kind} {word}" + (suggestion(word, flags) or f"; see {self.prog} --help")
-            )
+            near = suggestion(word, list(_flags(self, namespace))) if kind == "flag" else ""
+            raise ConfigError(f"unknown {kind} {word}" + (near or f"; see {self.prog} --help"))
         for name, value in vars(namespace).items():
             if value == "" and not (name in FIELDS and FIELDS[name].default == ""):
                 raise ConfigError(f"{name} must not be empty; is a shell variable unset?")
         return namespace
 
 
-def _flags(parser: argparse.ArgumentParser):
-    """Every flag of `parser` and of its commands."""
+def _flags(parser: argparse.ArgumentParser, namespace: argparse.Namespace):
+    """Every flag of `parser` and of the command that was given."""
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _flags(command)
+            yield from _flags(action.choices[getattr(namespace, action.dest)], namespace)
 
 
 def _underscored(arg: str) -> str:
@@ -225,6 +222,9 @@ def read_toml(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise ConfigError(f"--config {path} is not TOML: {error}") from error
     values = {key.replace("-", "_"): value for key, value in raw.items()}
+    if len(values) < len(raw):
+        twice = next(key for key in raw if "-" in key and key.replace("-", "_") in raw)
+        raise ConfigError(f"{path} has {twice} twice, once with _; leave one out")
     for key in values:
         if key == "preset":
             continue
@@ -245,7 +245,13 @@ def _report(error: Exception) -> None:
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """The exit code of a command line; what a user can mend is one line on stderr."""
+    """The exit code of a command line; what a user can mend is one line on stderr.
+
+    Characters that the terminal or pipe cannot show are written as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except ConfigError as error:

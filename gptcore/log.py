@@ -31,7 +31,7 @@ from gptcore.optim import learning_rate
 from gptcore.trackers import open_tracker
 
 if TYPE_CHECKING:
-    from gptcore.config import TrainConfig
+    from gptcore.config import GPTConfig, TrainConfig
     from gptcore.data import Corpus
     from gptcore.evaluation import Evaluation
     from gptcore.tasks import Arithmetic
@@ -217,7 +217,7 @@ class Log:
             val_accuracy=validation.accuracy,
             **run.corpus.scores(validation),
             val_bits_per_character=self.bits_per_character(validation),
-            best_val_loss=min(run.best_val_loss, validation.loss),
+            best_val_loss=run.best_val_loss,
             best_step=run.best_step,
             elapsed_s=run.elapsed_s,
             peak_memory_bytes=memory,
@@ -326,6 +326,18 @@ def _shared(run: Run) -> str:
     return f"; shared by {world.size} processes, {world.parallel}" if world.parallel else ""
 
 
+def _shape_of(name: str, shape: GPTConfig) -> str:
+    """Of a rung of the ladder what it has, in words."""
+    parts = {
+        f"{shape.n_layer} layers": ("gpt", "naive"),
+        f"{shape.n_head} heads of {shape.D}": ("gpt", "naive", "multihead"),
+        f"a head of {shape.D}": ("head",),
+        f"{shape.n_embd} wide": ("gpt", "naive", "multihead", "head", "bigram-embedding"),
+        f"block {shape.block_size}": (name,),
+    }
+    return ", ".join(words for words, names in parts.items() if name in names)
+
+
 def announce(run: Run, rate: float) -> None:
     """What is about to be trained, on what."""
     config, corpus, shape = run.config, run.corpus, run.model.config
@@ -337,8 +349,7 @@ def announce(run: Run, rate: float) -> None:
         f"data    {corpus.text.source}: {train_size:,} training and {val_size:,} validation "
         f"{corpus.unit}, vocabulary {corpus.tokenizer.vocab_size} ({corpus.tokenizer.kind})"
         f"{corpus.remark}\n"
-        f"model   {config.model}, {parameters:,} parameters: {shape.n_layer} layers, "
-        f"{shape.n_head} heads of {shape.D}, {shape.n_embd} wide, block {shape.block_size}\n"
+        f"model   {config.model}, {parameters:,} parameters: {_shape_of(config.model, shape)}\n"
         f"device  {machine.describe(run.device)}, matrix products {rate / 1e9:,.0f} GFLOP/s\n"
         f"step    {str(run.update.dtype).removeprefix('torch.')}: {run.dtype_reason}; "
         f"{run.update.how}{_shared(run)}\n"

@@ -43,6 +43,9 @@ def lr_range(arguments) -> int:
     for name in ("schedule", "learning_rate", "min_lr", "max_iters", "lr_decay_iters", "resume"):
         if name in settings.given:
             raise ConfigError(f"lr_range sets {name} itself; leave --{name} out")
+    for name in ("profile", "on_nonfinite", "checkpoint_interval"):
+        if name in settings.given:
+            raise ConfigError(f"--{name} says nothing to lr_range; leave it out")
     settings.given.update(schedule="exponential", min_lr=start, learning_rate=end, max_iters=steps)
     folder = Path(settings.given.setdefault("out_dir", str(first_free("runs/lr_range"))))
     if folder.exists():
@@ -59,6 +62,11 @@ def lr_range(arguments) -> int:
         writer.writerow(["learning_rate", "loss", "smoothed_loss"])
         writer.writerows(zip(rates, losses, smooth, strict=True))
     limit = limit_of(rates, losses, smooth)
+    if limit is not None and smooth[-1] == min(smooth):
+        raise RunError(
+            f"the smoothed loss was still falling at the last learning rate, {rates[-1]:.2g}; give "
+            "a higher --end_lr, or a larger --num_iter"
+        )
     plot(rates, losses, smooth, limit, folder / "lr_range.png")
     if limit is None:
         raise RunError(

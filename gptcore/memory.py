@@ -8,7 +8,8 @@ H heads of D and V tokens in the vocabulary:
     R * T * itemsize * (L * (11 C + 4 H D + (4 C unless ReLU) + (2 C with dropout)) + 3 V)
 
 Copies for the checkpoint are a CPU's alone. A bfloat16 copy of weights and gradients adds 4 P; the
-naive models keep H T more a layer, with dropout 3 H T; the Triton kernels hold V / 3, not 3 V. The
+naive models keep H T more a layer, with dropout 3 H T; the Triton kernels hold V / 3, not 3 V. Of
+logits that `linear_cross_entropy` takes in chunks a CPU holds four chunks instead of 3 V. The
 last line is fitted to the peaks of the CPU's allocator (`python -m bench memory`): eleven settings
 of nanogpt-cpu, within a quarter.
 
@@ -30,6 +31,7 @@ from gptcore import machine
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
 from gptcore.model import build_model
 from gptcore.step import largest_micro_batch, may_be_half
+from kernels.cross_entropy import CHUNK_BYTES
 
 TOLERANCE = 0.75  # of the estimate must not fit before a run is refused for it
 DRAWN_TOKEN_BYTES = 112  # peak of generation.uniforms on a CPU, the words of Philox above all
@@ -69,10 +71,13 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     a_layer = 11 * C + 4 * HD + 4 * C * (model.activation != "relu") + 2 * C * (model.dropout > 0)
     if config.model == "naive":
         a_layer += model.n_head * T * (3 if model.dropout else 1)
+    sequences = largest_micro_batch(config, model, device_type)
     a_token = 3 * model.vocab_size if on_cpu else model.vocab_size // 3
+    chunked = on_cpu and config.model == "gpt"
+    if chunked and sequences * T * a_token * dtype.itemsize > 4 * CHUNK_BYTES:
+        fixed, a_token = fixed + 4 * CHUNK_BYTES, 0
     if config.model in ("gpt", "naive"):
         a_token += L * a_layer
-    sequences = largest_micro_batch(config, model, device_type)
     return Need(fixed, T * dtype.itemsize * a_token, sequences)
 
 

@@ -399,10 +399,10 @@ MODELS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 
 
 def build_model(name: str, config: GPTConfig) -> nn.Module:
-    """The rung of the ladder called `name`.
+    """The rung of the ladder called `name`; naive begins with the weights that gpt begins with.
 
     Raises: ValueError for an unknown name, with the known ones.
     """
     if name not in MODELS:
         raise ValueError(f"build_model: model must be one of {', '.join(MODELS)}; got {name!r}")
-    return MODELS[name](config)
+    return GPT(config).to_naive() if name == "naive" else MODELS[name](config)

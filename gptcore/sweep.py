@@ -5,8 +5,8 @@
 
 Every flag of train.py holds for all trials. The sweep's folder keeps sweep.json (what was asked),
 trials/NAME/ (run folders, with result.json once they are done), results.csv and two plots. With
---resume finished trials are skipped and interrupted ones go on from their last checkpoint; --grid
-and --random may then add trials, but leave none out.
+--resume finished trials are skipped, interrupted and failed ones go on from their last checkpoint;
+--grid and --random may then add trials, but leave none out.
 
 Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all trials get a small part of
 the steps, the best 1 / eta of them eta times as many, and so on. Schedules span all the steps
@@ -176,14 +176,19 @@ def sweep(arguments) -> int:
             _search(folder, plan, trials, pool)
     except KeyboardInterrupt:
         done = sum((folder / "trials" / name / "result.json").is_file() for name in trials)
-        print(f"interrupted, {done} of {len(trials)} trials done; go on with: {_resume(folder)}")
+        print(
+            f"interrupted, {done} of {len(trials)} trials done; go on with: "
+            + _resume(folder, arguments.jobs)
+        )
         raise
     finally:
         results = read_results(folder, trials)
         if results:
             report(folder, results)
     if not results:
-        raise ConfigError("no trial could run; mend what is said above, then: " + _resume(folder))
+        raise ConfigError(
+            "no trial could run; mend what is said above, then: " + _resume(folder, arguments.jobs)
+        )
     best = results[0]
     if best["error"]:
         raise RunError(f"every trial failed; the first: {best['error']}; see {folder}/trials")
@@ -256,7 +261,8 @@ def _continued(folder: Path, plan: Plan) -> Plan:
         before = Plan.from_json(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {folder} is not a sweep's; give another --out_dir") from error
-    if not plan.grid and not plan.random and plan.base == Settings("auto", {}):
+    same = plan.base == Settings("auto", {}) and plan.eta in (None, before.eta)
+    if not plan.grid and not plan.random and same:
         return before
     if (plan.base, plan.eta) != (before.base, before.eta):
         raise ConfigError(
@@ -278,20 +284,27 @@ def _continued(folder: Path, plan: Plan) -> Plan:
 
 def _check(plan: Plan) -> None:
     """Raises: ConfigError if any trial's settings are bad."""
+    from gptcore.data import load_data
     from gptcore.machine import pick_device
+    from gptcore.tasks import task_of
 
-    device = pick_device(plan.base.given.get("device", "auto"))
+    device, opened = pick_device(plan.base.given.get("device", "auto")), set()
     for settings in plan.settings():
         try:
-            Settings(plan.base.preset, {**plan.base.given, **settings}).merged(device.type)
+            given = {**plan.base.given, **settings}
+            config, _ = Settings(plan.base.preset, given).merged(device.type)
+            if config.data not in opened and task_of(config) is None:
+                load_data(config.data)
+                opened.add(config.data)
         except ConfigError as error:
             raise ConfigError(f"trial {trial_name(settings)}: {error}") from error
         if plan.eta and "max_iters" in settings:
             raise ConfigError("max_iters cannot be tried with --halving, which sets it")
 
 
-def _resume(folder: Path) -> str:
-    return shlex.join(["python", "-m", "gptcore", "sweep", "--out_dir", str(folder), "--resume"])
+def _resume(folder: Path, jobs: int = 1) -> str:
+    words = ["python", "-m", "gptcore", "sweep", "--out_dir", str(folder), "--resume"]
+    return shlex.join(words + (["--jobs", str(jobs)] if jobs > 1 else []))
 
 
 # ---- running ---------------------------------------------------------------------------------
@@ -303,16 +316,23 @@ def _search(folder: Path, plan: Plan, trials: dict[str, dict[str, Any]], pool: P
     rungs = [last]
     while plan.eta and len(trials) >= plan.eta ** len(rungs) and rungs[0] > plan.eta:
         rungs.insert(0, last // plan.eta ** len(rungs))
-    alive = list(trials)
+    alive, failed = list(trials), set()
+
+    def record(request, result):
+        _record(folder, request, result)
+        if result["error"]:
+            failed.add(request["trial"])
+
     for rung, budget in enumerate(rungs):
         if rung:
             ranked = [r["trial"] for r in read_results(folder, {n: trials[n] for n in alive})]
             alive = ranked[: max(1, len(trials) // plan.eta**rung)]
         pending = [name for name in alive if _steps_done(folder / "trials" / name) < budget]
+        pending = [name for name in pending if name not in failed]
         if len(rungs) > 1:
             print(f"rung {rung + 1} of {len(rungs)}, to step {budget}: the best {len(alive)}")
         requests = [_request(folder, plan, name, trials[name], budget) for name in pending]
-        pool.run(requests, lambda request, result: _record(folder, request, result))
+        pool.run(requests, record)
 
 
 def max_iters(plan: Plan) -> int:
@@ -358,12 +378,10 @@ def _record(folder: Path, request: dict[str, Any], result: dict[str, Any]) -> No
         )
 
 
-def _steps_done(run: Path) -> float:
-    """Steps of a trial that has a result; infinite if it failed, -1 if it has none."""
+def _steps_done(run: Path) -> int:
+    """Steps of a trial that has a result; -1 if it has none, or failed: it may have been killed."""
     result = _read_result(run)
-    if result is None:
-        return -1
-    return math.inf if result["error"] else result["step"]
+    return -1 if result is None or result["error"] else result["step"]
 
 
 def _read_result(run: Path) -> dict[str, Any] | None:
@@ -436,7 +454,8 @@ def train_command(plan: Plan, settings: dict[str, Any]) -> str:
     if plan.base.preset != "auto":
         words += ["--preset", plan.base.preset]
     for name, value in {**plan.base.given, **settings}.items():
-        words += [f"--{name}", _text(value)]
+        text = _text(value)
+        words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)
 
 

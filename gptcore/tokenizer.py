@@ -35,6 +35,14 @@ class Tokenizer:
         """What `from_state` needs, as JSON values."""
         return {"kind": self.kind}
 
+    def newline(self) -> str:
+        """A new line, or the first token of a vocabulary that has none."""
+        try:
+            self.encode("\n")
+        except ConfigError:
+            return self.decode([0])
+        return "\n"
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
         return "".join(self.decode_stream(tokens))

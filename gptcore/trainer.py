@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -122,6 +123,11 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
     if config.init_from is not None and checkpoint is None:
         origin = open_checkpoint(config.init_from)
         config, model_fields = finetune.adopt(origin, config, settings.given)
+    if checkpoint is not None and config.max_iters < checkpoint.progress.step:
+        raise ConfigError(
+            f"--resume: {checkpoint.folder} is at step {checkpoint.progress.step}; give as many "
+            f"--max_iters or more; got {config.max_iters}"
+        )
     world.check(config)
     machine.check_backend(model_fields.get("backend", "auto"), device)
     check_tracker(config.log)
@@ -362,7 +368,7 @@ def train(settings: Settings) -> Path:
         gradient is not finite, as --on_nonfinite says, or the disk refuses; KeyboardInterrupt
         after saving, when interrupted.
     """
-    with _torch_as_it_comes(), distributed.join(settings.given) as world:
+    with _torch_as_it_comes(), _compiler_errors(), distributed.join(settings.given) as world:
         run = prepare(settings, world)
         try:
             return _train(run)
@@ -381,6 +387,22 @@ def _torch_as_it_comes() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """What torch.compile cannot do, for want of a C++ compiler say, becomes one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch._dynamo" not in sys.modules:
+            raise
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        said = str(error).strip().splitlines()[0]
+        raise RunError(f"torch.compile failed: {said}; leave --compile out") from error
 
 
 def _train(run: Run) -> Path:

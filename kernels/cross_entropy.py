@@ -30,7 +30,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A chunk of logits: rows enough (768 at V = 50257 in 16 bits) to feed the three products, and few
 # enough chunks that adding up dweight, 8 bytes a weight and chunk, stays small beside them; yet
 # near the L2 of an H200 (50 MB), where softmax finds what the product wrote last.
-_CHUNK_BYTES = 80_000_000
+CHUNK_BYTES = 80_000_000
 _CHUNK_ROWS = 128  # chunks hold a multiple of it, the tallest tile of a matrix product
 _ROW_ALIGNMENT = 64  # elements; cuBLAS and wide loads want aligned rows, whatever V is
 
@@ -133,8 +133,8 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _rows_per_chunk(M: int, V: int, itemsize: int) -> int:
-    """All rows if their logits are small, else a multiple of _CHUNK_ROWS near _CHUNK_BYTES."""
-    rows = _CHUNK_BYTES // (V * itemsize)
+    """All rows if their logits are small, else a multiple of _CHUNK_ROWS near CHUNK_BYTES."""
+    rows = CHUNK_BYTES // (V * itemsize)
     return M if rows >= M else max(_CHUNK_ROWS, rows - rows % _CHUNK_ROWS)
 
 

@@ -1,5 +1,7 @@
 """The command lines as a user types them; bad input is one line, the fix, exit 2."""
 
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -219,10 +221,63 @@ def test_eval_repeats_the_exact_loss(trained_run, tmp_path, capsys):
     end = read_metrics(trained_run / "metrics.jsonl")[-1]
     assert f"loss {end['val_loss']:.4f}, " in capsys.readouterr().out
     other = tmp_path / "other.txt"
-    other.write_text("the king and queen\n" * 20)
-    assert main(["eval", str(trained_run), f"--data={other}"]) == 0
+    for count in (20, 1):  # the second is shorter than a block of 8 and its targets
+        other.write_text("the king" * count)
+        assert main(["eval", str(trained_run), f"--data={other}"]) == 0
+        assert f", {8 * count - 1} targets" in capsys.readouterr().out  # all of it
+    other.write_text("t")
+    fails(capsys, main, ["eval", str(trained_run), f"--data={other}"], "at least two tokens")
     other.write_text("Zebra!" * 100)
     fails(capsys, main, ["eval", str(trained_run), f"--data={other}"], "never seen")
+
+
+def test_eval_repeats_a_loss_in_bfloat16(train_main, tiny_flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train_main([*tiny_flags, "--dtype=bfloat16", f"--out_dir={folder}"]) == 0
+    said = re.search(r"exact validation loss (\S+) ", capsys.readouterr().out)[1]
+    assert main(["eval", str(folder), "--checkpoint=last"]) == 0
+    assert f"loss {said}, " in capsys.readouterr().out
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tiny_flags, tmp_path):
+    """Samples of bytes hold U+FFFD; Latin-1 has none."""
+    text = tmp_path / "text.txt"
+    text.write_text("naïve Füße " * 600, encoding="utf-8")
+    command = [sys.executable, "train.py", *tiny_flags, f"--data={text}", "--tokenizer=bytes"]
+    done = subprocess.run(
+        [*command, f"--out_dir={tmp_path / 'run'}", "--max_iters=4"],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\ufffd" in done.stdout
+
+
+@pytest.mark.parametrize("word", ["--num_samples", "extra"])
+def test_only_flags_of_the_command_are_suggested(word, trained_run, capsys):
+    """`eval --num_samples 3` was asked whether it meant --num_samples."""
+    fails(capsys, main, ["eval", str(trained_run), word], f"{word}; see python -m gptcore --help")
+
+
+def test_a_run_is_not_resumed_to_a_step_before_its_own(train_main, trained_run, tmp_path, capsys):
+    folder = shutil.copytree(trained_run, tmp_path / "run")
+    before = (folder / "config.json").read_text()
+    argv = [f"--out_dir={folder}", "--resume", "--max_iters=5"]
+    fails(capsys, train_main, argv, "is at step 12; give as many --max_iters or more; got 5")
+    assert (folder / "config.json").read_text() == before
+
+
+def test_a_compiler_that_fails_is_one_line(train_main, tiny_flags, tmp_path, monkeypatch, capsys):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def fail(run):
+        raise TorchDynamoException("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(trainer, "training_step", fail)
+    argv = [*tiny_flags, f"--out_dir={tmp_path / 'run'}"]
+    message = "torch.compile failed: no C++ compiler; leave --compile out"
+    fails(capsys, train_main, argv, message, code=1)
 
 
 def test_a_closed_pipe_is_no_traceback(trained_run):

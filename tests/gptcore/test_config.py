@@ -201,6 +201,7 @@ def test_bad_model_fields(fields, message):
         (b"[n_head]\nx = 1", "n_head must be a whole number; got {'x': 1}"),
         (b"preset = 3", "unknown preset 3"),
         (b"vocab_size = 3", "unknown key 'vocab_size'"),
+        (b"n-head = 4\nn_head = 2", "has n-head twice, once with _; leave one out"),
     ],
 )
 def test_bad_toml(tmp_path, content, message):

@@ -14,7 +14,7 @@ import torch
 from gptcore import data
 from gptcore.config import ConfigError
 from gptcore.data import BatchStream, Corpus, Text, load_text, windows
-from gptcore.tokenizer import tokenizer_for
+from gptcore.tokenizer import CharTokenizer, tokenizer_for
 from kernels.rng import SITE_BATCH, SITE_EVALUATION, make_key, random_integers
 
 FAKE = "To be, or not to be.\n" * 40
@@ -252,3 +252,20 @@ def test_validation_characters_of_other_tokenizers():
     corpus = corpus_of("é" * 100, "bytes")
     assert (len(corpus.val), corpus.tokens_per_character) == (20, 2.0)
     assert corpus_of("é" * 100).tokens_per_character == 1.0
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ConfigError, match="the file is empty; give one with text"):
+        data.read_text_file(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "start"), [("LEONTES: The", "LEONTES:"), ("The end", "The"), ("of all that", "all")]
+)
+def test_a_sample_starts_with_what_the_text_can_spell(tmp_path, text, start):
+    """Whatever the file's name promises."""
+    path = tmp_path / "my-tinyshakespeare.txt"
+    path.write_text(f"{text} " * 20)
+    read = data.read_text_file(str(path))
+    assert Corpus.build(read, CharTokenizer.of(read.content)).example() == start

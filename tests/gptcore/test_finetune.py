@@ -157,6 +157,17 @@ def test_the_learning_rate_is_a_third_unless_given(tuned, capsys):
     assert "divided" not in capsys.readouterr().out
 
 
+def test_the_learning_rate_is_never_above_the_origins(start, text_file, trained_run, capsys):
+    """Preset cpu has a higher one than baby-cpu, with which the origin was trained."""
+    flags = ["--preset=cpu", f"--data={text_file}", "--device=cpu", "--min_lr=6e-4"]
+    run = start(f"--init_from={trained_run}", base=flags)
+    assert run.config.learning_rate == pytest.approx(5e-3 / 3) and run.config.min_lr == 6e-4
+    assert f"0.00167, that of {trained_run}" in capsys.readouterr().out
+    run = start(f"--init_from={trained_run}", base=["--preset=nanogpt-cpu", *flags[1:3]])
+    assert run.config.learning_rate == pytest.approx(1e-3 / 3)
+    assert run.config.min_lr == pytest.approx(1e-4 / 3)
+
+
 def test_the_model_is_the_origins(start, text_file, trained_run):
     """Also where the preset says otherwise; dropout is free."""
     flags = ["--preset=nanogpt-cpu", f"--data={text_file}", "--device=cpu", "--dropout=0.3"]

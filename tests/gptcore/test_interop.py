@@ -543,6 +543,14 @@ def test_an_export_replaces_nothing_and_is_whole_or_not_there(notebook, tmp_path
     assert [file.read_bytes() for file in files] == content
 
 
+def test_a_notebooks_model_is_imported_with_its_text(tmp_path, capsys):
+    """Without one the tokenizer was taken for GPT-2's, whose package was missed."""
+    torch.save(NaiveGPT(TINY).state_dict(), tmp_path / "m.pth")
+    argv = ["import", str(tmp_path / "m.pth"), str(tmp_path / "run"), "--format=notebook"]
+    assert main(argv) == 2
+    assert "--format notebook needs --data, the text" in capsys.readouterr().err
+
+
 def test_a_padded_vocabulary_is_imported_by_its_multiple(tmp_path, capsys, monkeypatch):
     """Ten characters in eleven tokens, as --vocab_multiple 11 pads them."""
     torch.save(randomise(NaiveGPT(TINY)).state_dict(), tmp_path / "m.pth")
@@ -555,8 +563,8 @@ def test_a_padded_vocabulary_is_imported_by_its_multiple(tmp_path, capsys, monke
     argv[-1] = "--data=text.txt"
     assert main([*argv, "--vocab_multiple=11"]) == 0
     monkeypatch.chdir("/")  # where eval finds the text all the same
-    assert main(["eval", str(tmp_path / "run")]) == 2
-    assert "text shorter than a block" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert "text.txt: loss " in capsys.readouterr().out
     assert open_checkpoint(tmp_path / "run").train.vocab_multiple == 11
     with pytest.raises(ConfigError, match="was imported, .* start from it: --init_from"):
         prepare(parse_settings([f"--out_dir={tmp_path / 'run'}", "--resume", "--device=cpu"]))

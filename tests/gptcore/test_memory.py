@@ -67,6 +67,21 @@ def test_the_estimate_is_near_what_is_held(prepared, flags):
     assert 0.7 < estimate / measured < 1.4
 
 
+def test_logits_in_chunks_do_not_grow_with_the_batch(prepared):
+    """They were counted as if all were held: 59 GB, where an update took half of one."""
+    small = ["--n_embd=16", "--n_head=2", "--n_layer=1", "--block_size=128", "--eval_iters=1"]
+    needs = []
+    for size in (8, 16):
+        run = prepared(*small, f"--batch_size={size}", "--vocab_multiple=30000", "--dropout=0")
+        trainer.training_step(run)
+        wanted = need(run.config, run.model.config, "cpu", torch.float32)
+        needs.append((wanted.bytes(size), peak_of_a_step(run)))
+    # Of the fixed part, weights and moments are there before the step.
+    growth, measured = (b - a for a, b in zip(*needs, strict=True))
+    assert 0 < growth < 10e6 and measured < 100e6  # all logits and their copies: 370 MB
+    assert needs[0][0] < 5 * needs[0][1]
+
+
 def test_what_does_not_depend_on_the_batch():
     config, shape = TrainConfig(), GPTConfig()
     P, tokens = parameter_count("gpt", shape), 16 * config.sequences * shape.block_size

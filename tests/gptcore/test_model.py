@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gptcore.config import GPTConfig
-from gptcore.model import GPT, KVCache
+from gptcore.model import GPT, KVCache, build_model
 from gptcore.naive import NaiveGPT
 from gptcore.verification import compare_models
 from kernels.rng import make_key
@@ -267,3 +267,15 @@ def test_a_linear_map_may_keep_its_bias(device):
     torch.testing.assert_close(kept_loss, lent_loss)
     torch.testing.assert_close(kept, lent)
     assert lent["blocks.0.proj.bias"].any()
+
+
+@pytest.mark.parametrize("init", ["notebook", "gpt2"])
+def test_the_naive_rung_begins_where_gpt_begins(init):
+    """It has an initialisation of its own only where it is built by itself."""
+    config, weights = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, init=init), []
+    for name in ("gpt", "naive"):
+        torch.manual_seed(3)
+        model = build_model(name, config)
+        weights.append(GPT.from_naive(model) if name == "naive" else model)
+    pairs = zip(*(model.parameters() for model in weights), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

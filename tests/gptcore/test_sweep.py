@@ -21,7 +21,7 @@ from gptcore.config import ConfigError, RunError
 from gptcore.flags import Settings, parse_settings
 from gptcore.log import read_metrics
 from gptcore.pool import Pool, Worker
-from gptcore.sweep import Plan, draw, read_results, trial_name
+from gptcore.sweep import Plan, draw, read_results, train_command, trial_name
 from gptcore.sweep_plots import _apart, _axis
 from gptcore.worker import trained
 
@@ -266,9 +266,40 @@ def test_a_failed_trial_does_not_end_the_others(pretended, tmp_path, capsys):
     assert "--n_embd 21" in out.splitlines()[-1]
     pretended.clear()
     assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
-    assert not pretended  # a trial that failed would fail again
+    assert pretended == [(13, 9)]  # it may have been killed, or the disk full
     assert main(flags_of(tmp_path / "bad", "--grid=n_embd=13", "--max_iters=9")) == 1
     assert "every trial failed; the first: the loss is nan" in capsys.readouterr().err
+
+
+def test_a_failed_trial_is_tried_once_a_time(pretended, tmp_path):
+    """Not again in the next rung of a halving, where all failed and one of them is the best."""
+    grid = ["--grid=n_embd=13", "--grid=batch_size=4,8"]
+    assert main(flags_of(tmp_path / "sweep", *grid, "--max_iters=40", "--halving=2")) == 1
+    assert pretended == [(13, 20)] * 2
+
+
+def test_what_a_sweep_cannot_open_is_said_first(tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    argv = ["sweep", "--grid=n_embd=16", f"--data={tmp_path / 'none.txt'}", f"--out_dir={folder}"]
+    assert main(argv) == 2
+    assert "none.txt: no such file" in capsys.readouterr().err and not folder.exists()
+
+
+def test_another_halving_is_not_gone_on_with(pretended, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert main(flags_of(folder, "--grid=n_embd=19,20", "--max_iters=9", "--halving=2")) == 0
+    again = ["sweep", f"--out_dir={folder}", "--resume"]
+    assert main([*again, "--halving=3"]) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert main([*again, "--halving=2"]) == 0
+
+
+def test_the_best_command_can_be_read(in_process, tmp_path, capsys):
+    """A value that begins with a dash is no flag."""
+    plan_ = plan({"operations": ["-+"]}, data="arithmetic")
+    words = shlex.split(train_command(plan_, {"operations": "-+"}))
+    assert words[:2] == ["python", "train.py"]
+    assert parse_settings(words[2:]).given == {"data": "arithmetic", "operations": "-+"}
 
 
 def test_halving_gives_the_promising_more_steps(pretended, tmp_path, capsys):
@@ -429,6 +460,7 @@ def test_range_test_from_end_to_end(tiny_flags, tmp_path, capsys):
         (["--num_iter=5"], "--num_iter must be at least 10"),
         (["--learning_rate=1"], "lr_range sets learning_rate itself; leave --learning_rate out"),
         (["--max_iters=10"], "lr_range sets max_iters itself"),
+        (["--profile"], "--profile says nothing to lr_range"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -446,6 +478,16 @@ def test_a_range_test_that_learns_nothing(tiny_flags, tmp_path, capsys):
     assert "suggestion" not in out and error.count("\n") == 1
     assert "never fell clearly below the first" in error and "a higher --end_lr" in error
     assert (tmp_path / "r" / "lr_range.png").is_file()
+
+
+def test_a_range_test_that_ends_too_early(tiny_flags, tmp_path, capsys):
+    """The loss still falls at its end: there is no limit to a tenth of."""
+    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
+    flags += ["--num_iter=60", "--start_lr=1e-4", "--end_lr=1e-2", f"--out_dir={tmp_path / 'r'}"]
+    assert main(["lr_range", *flags]) == 1
+    out, error = capsys.readouterr()
+    assert "suggestion" not in out and error.count("\n") == 1
+    assert "still falling at the last learning rate, 0.01; give a higher --end_lr" in error
 
 
 def test_a_range_test_that_is_terminated(tiny_flags, tmp_path, monkeypatch, capsys):

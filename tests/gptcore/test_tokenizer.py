@@ -124,3 +124,9 @@ def test_gpt2_tokens_spell_the_text(monkeypatch):
     tokens = tokenizer.encode("hel lo 你")
     assert tokens.dtype == np.uint16 and tokens[0] == 257 and tokenizer.vocab_size == 258
     assert tokenizer.decode(tokens) == "hel lo 你"
+
+
+def test_a_new_line_or_what_comes_first():
+    """Where a sample starts by itself; token 0 of bytes is no character to show."""
+    assert BytesTokenizer().newline() == CharTokenizer("\t\nab").newline() == "\n"
+    assert CharTokenizer("ab").newline() == "a"

@@ -291,6 +291,21 @@ def test_every_rung_trains(train_main, tiny_flags, tmp_path, model):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("gpt", "2 layers, 2 heads of 4, 16 wide, block 8"),
+        ("multihead", "2 heads of 4, 16 wide, block 8"),
+        ("head", "a head of 4, 16 wide, block 8"),
+        ("bigram", "parameters: block 8"),
+    ],
+)
+def test_a_rung_is_announced_with_what_it_has(prepared, capsys, model, words):
+    logs.announce(prepared(f"--model={model}"), rate=1e9)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
+    assert line.endswith(f" {words}")
+
+
 def test_a_padded_vocabulary_is_never_sampled(prepared):
     run = prepared("--vocab_multiple=64")
     assert run.model.config.vocab_size == 64 > run.corpus.tokenizer.vocab_size

@@ -38,7 +38,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def chunked(monkeypatch):
     """Chunks of 8 rows at any size a test can afford."""
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "_CHUNK_ROWS", 8)
 
 
@@ -508,7 +508,7 @@ def test_memory_beyond_the_gradients_is_a_tenth_of_the_logits(
 
     logits = M * V * 2
     assert 0 < extra() <= most * logits
-    monkeypatch.setattr(module, "_CHUNK_BYTES", logits)  # one piece: the check can fail
+    monkeypatch.setattr(module, "CHUNK_BYTES", logits)  # one piece: the check can fail
     assert extra() >= logits
 
 
