@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from kernels.backend import HAS_TRITON, tl, traced, triton
+from kernels.backend import HAS_TRITON, launch, tl, traced, triton
 from kernels.threads import for_each
 
 PHILOX_ROUNDS = 7
@@ -352,12 +352,40 @@ def random_integers(key: torch.Tensor, site: int, rows: range, high: int) -> tor
 
     Computed on the key's device without a host sync. Keys (..., 3) give integers (..., rows).
     """
+    if _one_kernel(key):
+        return _random_integers_triton(key, site, rows, high)
     row = torch.arange(rows.start, rows.stop, device=key.device)
     if key.shape[-1] == 3:
         row = row + key[..., 2, None]
     zero = torch.zeros_like(row)
     w0, w1, _, _ = philox4x32(zero, row, zero, zero + site, key[..., 0, None], key[..., 1, None])
     return (w0 << 31 | w1 >> 1) % high
+
+
+def _one_kernel(key: torch.Tensor) -> bool:
+    """Whether a GPU draws integers in one kernel; torch's ops are 120, more than a layer's."""
+    if not (HAS_TRITON and key.is_cuda and key.ndim == 1) or traced():
+        return False
+    return torch.cuda.get_device_capability(key.device) >= (8, 0)  # where Triton is supported
+
+
+def _random_integers_triton(key, site, rows, high):
+    """`random_integers` of one key."""
+    integers = torch.empty(len(rows), dtype=torch.int64, device=key.device)
+    launch(
+        _random_integers_kernel,
+        (-(-len(rows) // 128),),
+        key.contiguous(),
+        integers,
+        site,
+        rows.start,
+        len(rows),
+        high,
+        HAS_FIRST=key.numel() == 3,
+        BLOCK=128,
+        num_warps=4,
+    )
+    return integers
 
 
 if HAS_TRITON:
@@ -436,3 +464,17 @@ if HAS_TRITON:
         if QUADS:  # (M, COLS // 32, thread, word, half) -> (M, COLS // 32, word, thread, half)
             keep = keep.reshape(rows.shape[0], COLS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
         return keep.reshape(rows.shape[0], COLS)
+
+    @triton.jit(do_not_specialize=["site", "start", "number", "high"])
+    def _random_integers_kernel(
+        key_ptr, integers_ptr, site, start, number, high,
+        HAS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """integers (number,) int64: those of the rows from `start` on."""
+        seed, step, first = load_key(key_ptr, HAS_FIRST)
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row = (start + i).to(tl.uint32) + first
+        zero = row ^ row
+        pairs, _ = philox_pairs(zero, row, zero, zero + site.to(tl.uint32), seed, step)
+        integers = (pairs >> 1) % high.to(tl.uint64)
+        tl.store(integers_ptr + i, integers.to(tl.int64), i < number)

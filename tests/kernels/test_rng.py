@@ -8,7 +8,14 @@ import torch
 
 from kernels import rng
 from kernels.backend import tl, triton
-from kernels.rng import dropout_keep_mask, dropout_scale, dropout_threshold, make_key
+from kernels.rng import (
+    SITE_BATCH,
+    dropout_keep_mask,
+    dropout_scale,
+    dropout_threshold,
+    make_key,
+    random_integers,
+)
 from kernels.threads import for_each
 
 
@@ -258,3 +265,14 @@ def test_bad_probability(p):
     message = f"dropout_keep_mask: dropout_p must {rule}; got {p}"
     with pytest.raises(ValueError, match=re.escape(message)):
         dropout_keep_mask(make_key(1), 0, 1, 1, 8, p)
+
+
+@pytest.mark.parametrize("high", [1, 7, 1_003_854, 2**31 + 11, 2**40 + 1])
+@pytest.mark.parametrize("rows", [range(1), range(5, 300), range(0)])
+@pytest.mark.parametrize("fields", [2, 3])
+def test_one_kernel_draws_the_integers_of_torchs_ops(fields, rows, high, device):
+    pytest.importorskip("triton", reason="needs triton")
+    key = make_key(2**32 - 1, 77, 4000)[:fields]
+    drawn = rng._random_integers_triton(key.to(device), SITE_BATCH, rows, high)
+    assert torch.equal(drawn.cpu(), random_integers(key, SITE_BATCH, rows, high))
+    assert torch.equal(random_integers(key.to(device), SITE_BATCH, rows, high), drawn)
