@@ -79,12 +79,28 @@ def check_preset(name: str | None) -> None:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
 
 
+def data_of(options: Options) -> str:
+    """The text that runs are given: no target here says anything about train.py's other one.
+
+    Raises: Skip where Tiny Shakespeare cannot be had.
+    """
+    from gptcore.data import load_text
+
+    if options.data != "auto":
+        return options.data
+    try:
+        load_text("tinyshakespeare")
+    except ConfigError as error:
+        raise Skip(str(error)) from error
+    return "tinyshakespeare"
+
+
 def train_command(
     options: Options, seed: int, folder: Path, flags: tuple[str, ...] = ()
 ) -> list[str]:
     """The command of one run of gptcore, `flags` last."""
     command = [sys.executable, str(ROOT / "train.py"), "--preset", preset_of(options)]
-    command += ["--seed", str(seed), "--device", str(options.device), "--data", options.data]
+    command += ["--seed", str(seed), "--device", str(options.device), "--data", data_of(options)]
     command += ["--out_dir", str(folder), "--sample_tokens", "0"]
     if options.dtype_given:
         command += ["--dtype", str(options.dtype).removeprefix("torch.")]
@@ -231,7 +247,7 @@ def _prepare_nanogpt(options: Options, work: Path):
     for name in ("train.py", "model.py", "configurator.py"):
         shutil.copy(options.nanogpt / name, work / name)
     shutil.copytree(options.nanogpt / "config", work / "config")
-    text = load_text(options.data)
+    text = load_text(data_of(options))
     tokenizer = tokenizer_for("char", text.content)
     corpus = Corpus.build(text, tokenizer, val_fraction=0.1, device=torch.device("cpu"))
     data = work / "data" / "shakespeare_char"

@@ -104,7 +104,8 @@ class Replayed:
         if torch.version.hip is None:
             event = functools.partial(torch.cuda.Event, enable_timing=True, external=True)
             self.events = event(), event()
-        with torch.cuda.graph(self._graph):
+        # On a stream of this device: torch's own for captures is of the one that came first.
+        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
             self._record(0)
             call()
             self._record(1)

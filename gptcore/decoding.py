@@ -190,7 +190,8 @@ class CapturedStep(Step):
             self.position.fill_(position)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # By default torch captures on one stream of the device that came first.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             function(model)
         return graph
 

@@ -197,7 +197,9 @@ class Step:
             return loss
         self.graph = torch.cuda.CUDAGraph()
         # A checkpoint may be waiting for its copies in another thread: only this one is watched.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        # Nor is torch's own stream for captures taken, which is the first device's.
+        mode = {"stream": self.side, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.graph, **mode):
             self.loss = self._update()
         self.graph.replay()  # capturing ran nothing
         return self.loss

@@ -362,7 +362,7 @@ def check_graph(problem: Problem, backend: str) -> Iterator[Result]:
         step()  # compiles what must not compile under capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = step()
     seen, wrong = [], []
     for number in range(3):

@@ -32,6 +32,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
@@ -172,7 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         full=options.full,
         seed=options.seed,
     )
-    return certify(options.ops or known_ops, settings, options.json)
+    try:
+        return certify(options.ops or known_ops, settings, options.json)
+    except BrokenProcessPool:
+        print(
+            "verify: a process died while it checked: out of memory, or a crash in the compiler or "
+            "the driver; nothing is certified; narrow it down with --ops and --dtypes",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def load_plugins() -> None:
@@ -216,11 +226,17 @@ def certify(ops: Sequence[str], settings, json_path: Path | None = None) -> int:
 
 @contextlib.contextmanager
 def _workers(settings):
-    """A `map` over several processes that yields in order."""
+    """A `map` over several processes that yields in order.
+
+    Raises: BrokenProcessPool where one of them dies.
+    """
     # Spawned, not forked: neither torch's thread pools nor CUDA survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(_worker_count(settings.device), initializer=_start_worker) as pool:
-        yield pool.imap
+    context, count = multiprocessing.get_context("spawn"), _worker_count(settings.device)
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _worker_count(device: torch.device) -> int:

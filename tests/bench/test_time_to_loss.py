@@ -9,10 +9,12 @@ from bench import ablation, time_to_loss
 from bench.ablation import STEPS, VARIANTS, WHOLE, table, variants
 from bench.harness import OURS, Options, Skip
 from bench.run import broken
-from gptcore.config import RunError
+from gptcore.config import ConfigError, RunError
 from gptcore.flags import parse_settings
 
-OPTIONS = Options(device=torch.device("cpu"), dtype=torch.float32, seconds=1.0, quick=True)
+OPTIONS = Options(
+    device=torch.device("cpu"), dtype=torch.float32, seconds=1.0, quick=True, data="my.txt"
+)
 
 TRAINER = """
 import json, os, pathlib, sys, time
@@ -45,6 +47,23 @@ def test_a_run_ends_with_the_first_evaluation_at_the_target(trainer):
     assert runs == {seed: pytest.approx(run) for seed, run in wanted.items()}
     assert all(run["reached"] and run["dtype"] == "bfloat16" for run in content["runs"])
     assert content["absent"] == {"nanogpt": "no folder named: --nanogpt DIR"}
+
+
+def test_no_other_text_is_trained_on_unasked(trainer, monkeypatch):
+    """train.py takes Python's own where Tiny Shakespeare cannot be had; its losses say nothing."""
+
+    def missing(name):
+        raise ConfigError(f"{name} cannot be had")
+
+    monkeypatch.setattr("gptcore.data.load_text", missing)
+    options = dataclasses.replace(OPTIONS, data="auto")
+    content = time_to_loss.answer(options, None, None, None)
+    assert content["runs"] == [] and content["absent"][OURS] == "tinyshakespeare cannot be had"
+    monkeypatch.setattr("gptcore.data.load_text", lambda name: None)
+    for given, taken in (("auto", "tinyshakespeare"), ("my.txt", "my.txt")):
+        options = dataclasses.replace(OPTIONS, data=given)
+        command = time_to_loss.train_command(options, 1, "out")
+        assert command[command.index("--data") + 1] == taken
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

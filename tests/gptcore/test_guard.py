@@ -133,10 +133,8 @@ def test_in_a_captured_update(tiny_flags, tmp_path, what):
     """The flag is read by the kernels of a graph: NaN weights of one group poison a replay."""
     from gptcore.flags import parse_settings
 
-    flags = [flag for flag in tiny_flags if "device" not in flag]
-    run = trainer.prepare(
-        parse_settings([*flags, f"--out_dir={tmp_path / 'run'}", "--device=cuda"])
-    )
+    flags = [*tiny_flags, "--device=cuda", "--dtype=bfloat16"]
+    run = trainer.prepare(parse_settings([*flags, f"--out_dir={tmp_path / 'run'}"]))
     for _ in range(6):
         trainer.training_step(run)
     assert run.update.graph is not None

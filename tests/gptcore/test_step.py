@@ -204,11 +204,13 @@ def test_another_thread_may_wait_for_the_device_during_capture(prepared):
         while not done.is_set():
             copied.synchronize()
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    losses = [run.update().item() for _ in range(6)]
-    done.set()
-    thread.join()
+    try:
+        losses = [run.update().item() for _ in range(6)]
+    finally:
+        done.set()
+        thread.join()
     assert run.update.graph is not None and all(map(math.isfinite, losses))
 
 

@@ -1,9 +1,11 @@
 """`python -m kernels.tune`: choosing and printing plans, with invented times."""
 
+import contextlib
 import dataclasses
 import itertools
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -142,6 +144,43 @@ def test_bad_input_is_one_line_and_2(flags, gpu, capsys):
     with pytest.raises(SystemExit, match="2"):
         tune.main(flags)
     assert flags[0] in (err := capsys.readouterr().err) and err.count("\n") == 1 and not gpu
+
+
+def test_what_was_measured_is_printed_before_the_rest(gpu, monkeypatch, capsys):
+    """Whoever ends it early keeps the rows of what is done."""
+    measure = tune._measure
+
+    def interrupted(kernel, size, *more):
+        if size[2] == 4096:
+            raise KeyboardInterrupt
+        return measure(kernel, size, *more)
+
+    monkeypatch.setattr(tune, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--head_size", "64", "--seconds", "42"])
+    assert entries(capsys.readouterr().out.removeprefix("sm_90:")).keys() == {(64, 512, True)}
+
+
+@pytest.mark.parametrize(
+    ("error", "time"),
+    [(RuntimeError("spilled"), None), (torch.AcceleratorError("lost"), "raised"), (None, 2.0)],
+)
+def test_a_candidate_that_cannot_be_compiled_is_passed_by(error, time, monkeypatch):
+    """But not an error of the device, after which nothing runs."""
+    pytest.importorskip("triton", reason="needs triton")
+    names = {"empty": lambda *_, **__: None, "int8": None}
+    fake = types.SimpleNamespace(**names, AcceleratorError=torch.AcceleratorError)
+
+    def time_ms(run, flush):
+        if error is not None:
+            raise error
+        return 2.0
+
+    monkeypatch.setattr(tune, "torch", fake)
+    monkeypatch.setattr(tune, "_launcher", lambda *_: print)
+    monkeypatch.setattr(tune, "_time_ms", time_ms)
+    with pytest.raises(torch.AcceleratorError) if time == "raised" else contextlib.nullcontext():
+        assert tune._measure("dq", (1, 1, 1), 64, SLOW, None, 0.0) == time
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -358,3 +358,15 @@ def test_a_gpu_is_shared_by_as_many_processes_as_its_memory_and_the_cores_allow(
         free = int(free_gib * 2**30), 2**40
         monkeypatch.setattr(verify.torch.cuda, "mem_get_info", lambda device, free=free: free)
         assert verify._worker_count(torch.device("cuda")) == count
+
+
+def test_a_process_that_dies_is_one_line(monkeypatch, capsys):
+    """It was waited for without end."""
+    monkeypatch.setattr(verify, "_worker_count", lambda device: 1)
+    monkeypatch.setattr(checks, "parts", lambda op, settings: [1])
+    monkeypatch.setattr(checks, "check_part", os._exit)
+    monkeypatch.setattr(verify.functools, "partial", lambda function, settings: function)
+    arguments = ["--ops", "layer_norm", "--backend", "eager"]
+    assert verify.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("verify: a process died while it checked") and error.count("\n") == 1
