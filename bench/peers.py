@@ -66,6 +66,8 @@ def compiled(function: Callable, mode: str, options: Options) -> Callable:
     and event timing does not see launches anyway.
     """
     require_compiler(options, "compile")
+    if mode == "max-autotune" and options.peers is None and not options.full:
+        raise Skip("searches for a minute a case; ask for it: --full or --peers compile-max")
     mode = {"max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode)
     return torch.compile(function, dynamic=False, mode=mode)
 

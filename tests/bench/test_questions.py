@@ -7,11 +7,11 @@ import types
 import pytest
 import torch
 
-from bench import kernels, memory, models
+from bench import kernels, memory, models, peers
 from bench import record as recording
 from bench.__main__ import QUESTIONS
 from bench.conftest import QUESTIONS as PYTEST_QUESTIONS
-from bench.harness import OURS, Contestant, Options, distinct, run_case
+from bench.harness import OURS, Contestant, Options, Skip, distinct, run_case
 from bench.run import broken, options_of, peers_of
 from bench.timing import Stopwatch
 from gptcore.config import GPTConfig, TrainConfig
@@ -336,6 +336,15 @@ def test_a_driver_s_name_means_a_product(name, known):
 
 
 # ---- options ---------------------------------------------------------------------------------
+
+
+def test_the_longest_search_of_a_compiler_is_asked_for_by_name():
+    """On a GPU it would take the seconds of all other cases."""
+    gpu = dataclasses.replace(OPTIONS, device=torch.device("cuda"), quick=False)
+    assert callable(peers.compiled(print, "default", gpu))
+    with pytest.raises(Skip, match="ask for it: --full or --peers compile-max"):
+        peers.compiled(print, "max-autotune", gpu)
+    assert callable(peers.compiled(print, "max-autotune", dataclasses.replace(gpu, full=True)))
 
 
 def test_a_peer_stands_for_its_family():
