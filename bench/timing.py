@@ -99,13 +99,13 @@ class Replayed:
             offset by two kernels more. None on ROCm, whose graphs cannot record events.
     """
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, stream: torch.cuda.Stream):
         self._graph, self.events = torch.cuda.CUDAGraph(), None
         if torch.version.hip is None:
             event = functools.partial(torch.cuda.Event, enable_timing=True, external=True)
             self.events = event(), event()
-        # On a stream of this device: torch's own for captures is of the one that came first.
-        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
+        # Not torch's own stream for captures, which is of the device that came first.
+        with torch.cuda.graph(self._graph, stream=stream):
             self._record(0)
             call()
             self._record(1)
@@ -137,7 +137,7 @@ def replayed(call: Call, device: torch.device) -> Replayed:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     current.wait_stream(side)
-    return Replayed(call)
+    return Replayed(call, side)
 
 
 class SelfTimed:

@@ -266,7 +266,8 @@ def cuda(monkeypatch):
     log = []
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, stream):
+        assert stream is side
         log.append("capture")
         yield
         log.append("captured")
@@ -282,10 +283,10 @@ def cuda(monkeypatch):
             assert other is not self
             return 0.5
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    side, stream = (types.SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
     graph = types.SimpleNamespace(replay=lambda: log.append("replay"))
     for name, fake in (
-        ("Stream", lambda device: stream),
+        ("Stream", lambda device: side),
         ("current_stream", lambda device: stream),
         ("stream", lambda stream: contextlib.nullcontext()),
         ("set_sync_debug_mode", log.append),
