@@ -294,7 +294,7 @@ def test_another_halving_is_not_gone_on_with(pretended, tmp_path, capsys):
     assert main([*again, "--halving=2"]) == 0
 
 
-def test_the_best_command_can_be_read(in_process, tmp_path, capsys):
+def test_the_best_command_can_be_read():
     """A value that begins with a dash is no flag."""
     plan_ = plan({"operations": ["-+"]}, data="arithmetic")
     words = shlex.split(train_command(plan_, {"operations": "-+"}))
