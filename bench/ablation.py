@@ -5,7 +5,7 @@ Question
 Method
     `python train.py --preset P --max_iters 400` with one choice replaced, the same seeds; a run of
     the whole recipe and one of each variant in turns, seed after seed. Another batch size sees as
-    many tokens in fewer steps. It is asked by name only: variants times seeds trainings.
+    many tokens in more or fewer steps. It is asked by name only: variants times seeds trainings.
 Formula
     difference: mean over seeds of (exact validation loss of the variant - that of the recipe with
     the same seed); spread: standard deviation of these differences, and of the recipe's own

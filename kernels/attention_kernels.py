@@ -493,6 +493,12 @@ class Plan:
     one_loop: bool = False  # of the forward, all tiles as if they were on the diagonal
 
 
+def _plans(*blocks: tuple) -> dict[str, Plan]:
+    """The fields of the forward's, dq's and dkdv's plans as a row of `_PLANS`."""
+    names = ("forward", "dq", "dkdv")
+    return {name: Plan(*fields) for name, fields in zip(names, blocks, strict=True)}
+
+
 # By architecture, for up to D and T (keys; None: any number), with dropout or without (None:
 # either); of rows that fit that of the least D, then T, counts. Chosen by `python -m
 # kernels.codegen`: no spills, on sm_90 wgmma for every product where a plan has it, then two
@@ -500,62 +506,33 @@ class Plan:
 # serve where another architecture has none, fit the 99 KB of sm_86 and sm_89.
 _PLANS = {
     "sm_80": {
-        (64, None, None): {
-            "forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 2)
-        },
-        (128, None, None): {
-            "forward": Plan(64, 32, 4, 2), "dq": Plan(64, 32, 4, 2), "dkdv": Plan(64, 32, 4, 1)
-        },
-        (256, None, None): {
-            "forward": Plan(64, 64, 8, 1), "dq": Plan(32, 32, 4, 1), "dkdv": Plan(32, 32, 4, 1)
-        },
+        (64, None, None): _plans((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        (128, None, None): _plans((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
+        (256, None, None): _plans((64, 64, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     },
     "sm_90": {
         # What a program does around its loops counts as much as they do, so that more programs take
         # turns: 4 for 3 (forward; under Triton 3.6 for 2) and 3 for 2 (dq). A second copy of the
         # loop, without the diagonal's comparisons, would cost the registers of the fourth, keys
         # loaded ahead those of the third.
-        (64, 512, True): {
-            "forward": Plan(64, 64, 4, 2, registers=128, one_loop=True),
-            "dq": Plan(64, 64, 4, 1, registers=168),
-            "dkdv": Plan(64, 64, 4, 1),
-        },
-        (64, None, False): {  # with dropout dkdv spills where it loads ahead
-            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 2)
-        },
-        (64, None, None): {
-            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)
-        },
-        (128, None, None): {
-            "forward": Plan(64, 64, 4, 2), "dq": Plan(128, 64, 8, 2), "dkdv": Plan(128, 64, 8, 1)
-        },
-        (256, None, None): {
-            "forward": Plan(128, 64, 8, 2), "dq": Plan(128, 32, 8, 2), "dkdv": Plan(32, 64, 8, 1)
-        },
+        (64, 512, True): _plans((64, 64, 4, 2, 128, True), (64, 64, 4, 1, 168), (64, 64, 4, 1)),
+        # With dropout dkdv spills where it loads ahead.
+        (64, None, False): _plans((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (64, None, None): _plans((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
+        (128, None, None): _plans((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 1)),
+        (256, None, None): _plans((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 1)),
     },
     "gfx942": {
-        (64, None, None): {
-            "forward": Plan(128, 32, 4, 1), "dq": Plan(128, 32, 4, 1), "dkdv": Plan(64, 16, 4, 1)
-        },
-        (128, None, None): {
-            "forward": Plan(128, 32, 4, 1), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)
-        },
-        (256, None, None): {
-            "forward": Plan(64, 32, 4, 2), "dq": Plan(64, 16, 4, 1), "dkdv": Plan(64, 16, 4, 1)
-        },
+        (64, None, None): _plans((128, 32, 4, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
+        (128, None, None): _plans((128, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
+        (256, None, None): _plans((64, 32, 4, 2), (64, 16, 4, 1), (64, 16, 4, 1)),
     },
     "sm_100": {
-        (64, None, None): {
-            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 4, 2), "dkdv": Plan(64, 64, 4, 1)
-        },
-        (128, None, None): {
-            "forward": Plan(64, 64, 4, 2), "dq": Plan(64, 64, 8, 2), "dkdv": Plan(64, 64, 8, 1)
-        },
-        (256, None, None): {
-            "forward": Plan(128, 32, 8, 1), "dq": Plan(128, 64, 8, 1), "dkdv": Plan(64, 64, 8, 1)
-        },
+        (64, None, None): _plans((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
+        (128, None, None): _plans((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        (256, None, None): _plans((128, 32, 8, 1), (128, 64, 8, 1), (64, 64, 8, 1)),
     },
-}  # fmt: skip
+}
 # float32, whose products are of scalars: what a thread multiplies it holds in registers. Below 64
 # rows sm_100 takes no tensor core, which would round to TF32 whatever is asked.
 _FLOAT32 = (Plan(32, 32, 4, 1), Plan(32, 16, 4, 1), Plan(16, 16, 8, 1))

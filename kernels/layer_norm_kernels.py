@@ -320,10 +320,10 @@ def backward_plan(architecture: str, C: int, dtype: torch.dtype, residual: bool)
     """A thread has 16 values of a tile, and of each column sum, in registers; 8 of long rows.
 
     As many programs as fit a multiprocessor, four or three of four warps, take the tiles in turns.
-    Each loads the next one behind the one it computes, so that 25 to 35 KB are always under way;
-    on sm_100 that would spill. Partial sums are (programs, C). Wide rows go in pieces, one program
-    a row, and `_parameter_gradient_kernel` sums the columns. Chosen by compiled code, not by a
-    measurement.
+    Each loads the next one behind the one it computes, so that 25 to 37 KB are always under way;
+    on sm_100 that spills at 2048 channels. Partial sums are (programs, C). Wide rows go in pieces,
+    one program a row, and `_parameter_gradient_kernel` sums the columns. Chosen by compiled code,
+    not by a measurement.
 
     Args:
         residual: a gradient of the residual is added, which takes registers.

@@ -78,9 +78,8 @@ def rows(winners: dict[tuple[int, int | None], dict[str, Plan]], dropout: bool) 
     """Entries of `_PLANS` for (D, most keys) -> kernel -> plan."""
     lines = []
     for (D, most_keys), plans in winners.items():
-        lines.append(f"        ({D}, {most_keys}, {dropout}): {{")
-        lines += [f'            "{kernel}": {plan},' for kernel, plan in plans.items()]
-        lines.append("        },")
+        fields = ", ".join(str(dataclasses.astuple(plans[kernel])) for kernel in KERNELS)
+        lines.append(f"        ({D}, {most_keys}, {dropout}): _plans({fields}),")
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ def test_best_needs_one_plan_that_runs():
 
 def entries(text):
     """What `tune.rows` printed, as the table has it."""
-    return eval("{" + text + "}", {"Plan": Plan})
+    return eval("{" + text + "}", {"_plans": attention_kernels._plans})
 
 
 def test_rows_are_entries_of_the_table(monkeypatch):
