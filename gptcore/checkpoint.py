@@ -35,7 +35,7 @@ from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, read_s
 from gptcore.distributed import is_sharded, scatter
 from gptcore.files import fingerprint, read_json, sync_folder, write_text
 from gptcore.model import build_model
-from gptcore.optim import STATE_SLOTS
+from gptcore.optim import state_slots
 from gptcore.tensors import read_tensors, tensor_shapes, write_tensors
 from gptcore.tokenizer import Tokenizer, from_state
 
@@ -136,20 +136,22 @@ class Checkpoint:
         Raises: ConfigError if the state is not that of such an optimizer.
         """
         path = self.folder / "optimizer.safetensors"
-        found, kind = tensor_shapes(path), type(optimizer).__name__
+        found = tensor_shapes(path)
         if not found:  # saved before the first step
             optimizer.state.clear()
             return
-        slots, names = STATE_SLOTS[kind], _parameter_names(model, optimizer)
+        slots, names = state_slots(optimizer), _parameter_names(model, optimizer)
         expected = {
             f"{name}/{slot}": () if slot == "step" else tuple(p.shape)
             for p, name in names.items()
-            for slot in slots
+            for slot in slots[p]
         }
-        check_fit(path, found, expected, f"the state of --optimizer {kind.lower()}")
+        kind = type(optimizer).__name__.lower()
+        check_fit(path, found, expected, f"the state of --optimizer {kind}")
         tensors = read_tensors(path)
         state = {
-            name: {slot: tensors[f"{name}/{slot}"] for slot in slots} for name in names.values()
+            name: {slot: tensors[f"{name}/{slot}"] for slot in slots[p]}
+            for p, name in names.items()
         }
         if is_sharded(model):
             scatter(state, model, optimizer)

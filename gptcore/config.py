@@ -85,10 +85,10 @@ class GPTConfig:
     init: str = _option(
         "notebook",
         "notebook: N(0,1) embeddings, default Linear; gpt2: N(0, init_std), projections onto the "
-        "residual over sqrt(2 n_layer)",
-        choices=("notebook", "gpt2"),
+        "residual over sqrt(2 n_layer); zero: N(0, init_std), projections onto the residual 0",
+        choices=("notebook", "gpt2", "zero"),
     )
-    init_std: float = _option(0.02, "standard deviation of init gpt2", above=0)
+    init_std: float = _option(0.02, "standard deviation of init gpt2 and zero", above=0)
     backend: str = _option(
         "auto", "of the fused ops: auto, triton or eager", choices=("auto", "triton", "eager")
     )
@@ -151,7 +151,11 @@ class TrainConfig:
     batch_size: int = _option(64, "sequences of one forward and backward", least=1)
     gradient_accumulation_steps: int = _option(1, "batches of one step", least=1)
     max_iters: int = _option(5000, "training steps", least=0)
-    optimizer: str = _option("adamw", "adamw or sgd", choices=("adamw", "sgd"))
+    optimizer: str = _option(
+        "adamw",
+        "adamw, sgd, or muon: muon for the matrices of a gpt's blocks, adamw for the rest",
+        choices=("adamw", "sgd", "muon"),
+    )
     learning_rate: float = _option(3e-4, "peak learning rate", above=0)
     schedule: str = _option("constant", ", ".join(SCHEDULES), choices=SCHEDULES)
     warmup_iters: int = _option(
@@ -176,7 +180,7 @@ class TrainConfig:
     div_factor: float = _option(25.0, "onecycle: starts at learning_rate / this", above=0)
     final_div_factor: float = _option(1e4, "onecycle: ends at its start / this", above=0)
     cycle_momentum: bool = _option(
-        True, "cyclic, onecycle: momentum (adamw: beta1) falls as the rate rises"
+        True, "cyclic, onecycle: momentum (but of sgd: beta1) falls as the rate rises"
     )
     base_momentum: float | None = _option(
         None, "lowest cycled momentum; default 0.8, onecycle 0.85", least=0, below=1
@@ -185,11 +189,11 @@ class TrainConfig:
         None, "highest cycled momentum; default 0.9, onecycle 0.95", least=0, below=1
     )
     momentum: float = _option(0.9, "sgd's, where it is not cycled", least=0, below=1)
-    weight_decay: float = _option(0.01, "weight decay: decoupled with adamw, L2 with sgd", least=0)
+    weight_decay: float = _option(0.01, "weight decay: decoupled, with sgd L2", least=0)
     decay_params: str = _option(
         "matrices", "which parameters decay: matrices or all", choices=("matrices", "all")
     )
-    beta1: float = _option(0.9, "AdamW's first moment", least=0, below=1)
+    beta1: float = _option(0.9, "AdamW's first moment, Muon's momentum", least=0, below=1)
     beta2: float = _option(0.999, "AdamW's second moment", least=0, below=1)
     grad_clip: float = _option(0.0, "largest norm of the gradient; 0: no limit", least=0)
     on_nonfinite: str = _option(
@@ -255,6 +259,10 @@ class TrainConfig:
             raise ConfigError("min_lr must be above 0 with --schedule exponential; got 0.0")
         if self.decay_fraction > 1:
             raise ConfigError(f"decay_fraction must be at most 1; got {self.decay_fraction}")
+        if self.optimizer == "muon" and self.model != "gpt":
+            raise ConfigError(
+                f"optimizer muon is for model gpt; give --optimizer adamw with model {self.model}"
+            )
 
     @property
     def schedule_iters(self) -> int:

@@ -65,8 +65,12 @@ class World:
             return
         if self.parallel == "fsdp" and config.compile:
             raise ConfigError("--compile does not go with --parallel fsdp; leave one of them out")
-        if self.parallel == "fsdp" and config.optimizer == "sgd":  # torch's, fused, takes no shards
-            raise ConfigError("--optimizer sgd does not go with --parallel fsdp; take adamw or ddp")
+        # torch's fused SGD takes no shards, Muon needs whole matrices.
+        if self.parallel == "fsdp" and config.optimizer != "adamw":
+            raise ConfigError(
+                f"--optimizer {config.optimizer} does not go with --parallel fsdp; take adamw, or "
+                "--parallel ddp"
+            )
         if config.sequences // self.size < self.rounds(config):
             enough = max(2, -(-self.size // config.gradient_accumulation_steps))
             raise ConfigError(

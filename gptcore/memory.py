@@ -61,7 +61,8 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     Raises: ConfigError if no tensor can be as large as the model's.
     """
     P = parameter_count(config.model, model)
-    slots = 2 if config.optimizer == "adamw" else 1  # tensors like the parameter: its moments
+    # Tensors like the parameter: its moments; Muon's work takes as much as a second one would.
+    slots = 1 if config.optimizer == "sgd" else 2
     on_cpu = device_type == "cpu"
     fixed = 4 * P * (2 + slots + (1 + slots if on_cpu else 0))
     if dtype == torch.bfloat16:

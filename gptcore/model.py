@@ -140,13 +140,15 @@ class GPT(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.token_embedding.weight
         self.shift = nn.Parameter(torch.zeros(config.n_embd)) if config.token_shift else None
-        if config.init == "gpt2":
-            self._init_gpt2()
+        if config.init != "notebook":
+            self._init_normal()
 
     @torch.no_grad()
-    def _init_gpt2(self):
+    def _init_normal(self):
         std = self.config.init_std
-        residual_std = std / math.sqrt(2 * self.config.n_layer)
+        residual_std = 0.0
+        if self.config.init == "gpt2":
+            residual_std = std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 residual = name.endswith(("proj.weight", "mlp_out.weight"))

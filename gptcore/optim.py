@@ -6,14 +6,14 @@ captured update only one number. `cyclic` and `onecycle` equal torch's CyclicLR 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from gptcore.config import TrainConfig
-
-# What the optimizers keep of each parameter, once they have updated it.
-STATE_SLOTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+from gptcore.model import GPT
+from gptcore.muon import Muon
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -51,7 +51,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def momentum(step: int, config: TrainConfig) -> float | None:
-    """The momentum (AdamW: beta1) of update number `step`; None where it is not cycled."""
+    """The momentum (SGD's, or beta1) of update number `step`; None where it is not cycled."""
     if config.schedule not in ("cyclic", "onecycle") or not config.cycle_momentum:
         return None
     low, high = (0.8, 0.9) if config.schedule == "cyclic" else (0.85, 0.95)
@@ -100,20 +100,49 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum and L2 decay; fused: one kernel for all parameters of a group."""
+    """AdamW, Muon with it, or SGD with momentum and L2 decay.
+
+    torch's are fused: one kernel for all parameters of a group.
+    """
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, fused=True
         )
-    lr, on_gpu = config.learning_rate, groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(
-        groups,
-        lr=torch.tensor(lr, device=groups[0]["params"][0].device) if on_gpu else lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-        capturable=on_gpu,
-    )
+    lr, device = config.learning_rate, groups[0]["params"][0].device
+    options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "lr": lr}
+    if device.type == "cuda":
+        options |= {"lr": torch.tensor(lr, device=device), "capturable": True}
+    matrices = hidden_matrices(model) if config.optimizer == "muon" else []
+    if not matrices:  # frozen, or not asked for
+        return torch.optim.AdamW(groups, fused=True, **options)
+    taken = {parameter for parameter, _ in matrices}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in taken]
+    groups = [group for group in groups if group["params"]]
+    return Muon(matrices, groups, weight_decay=config.weight_decay, **options)
+
+
+def hidden_matrices(model: GPT) -> list[tuple[nn.Parameter, int]]:
+    """What Muon updates: the matrices of the blocks that are trained, and bands of rows in each."""
+    return [
+        (linear.weight, 3 if linear is block.qkv else 1)
+        for block in model.blocks
+        for linear in (block.qkv, block.proj, block.mlp_in, block.mlp_out)
+        if linear.weight.requires_grad
+    ]
+
+
+def state_slots(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
+    """What `optimizer` keeps of each parameter, once it has updated it."""
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    return {
+        parameter: ("step", "exp_avg", "exp_avg_sq")
+        if adamw and "bands" not in group
+        else ("momentum_buffer",)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:

@@ -107,8 +107,10 @@ def watch(run: Run, log: Log, matmul_rate: float) -> Iterator[None]:
     profiler = torch.profiler.profile(activities=[activity], acc_events=True)
     with _labelled(run.update), profiler as trace:
         traced_s = yield from steps(TRACED)
-    by_kind = of_gpu if run.device.type == "cuda" else of_cpu
-    seconds = {kind: total / TRACED for kind, total in by_kind(trace.events()).items()}
+    events = trace.events()
+    on_gpu, muon = run.device.type == "cuda", run.config.optimizer == "muon"
+    seconds = of_gpu(events, muon=muon) if on_gpu else of_cpu(events)
+    seconds = {kind: total / TRACED for kind, total in seconds.items()}
     profile = Profile(
         seconds=seconds | {GAPS: traced_s - sum(seconds.values()) + seconds[GAPS]},
         work=work_of(run.model, run.config, run.update.dtype),
@@ -183,11 +185,14 @@ def _op_kind(name: str) -> str:
     return OTHER if computes and name not in _DISPATCH_OPS else GAPS
 
 
-def of_gpu(events: Iterable) -> dict[str, float]:
+def of_gpu(events: Iterable, *, muon: bool = False) -> dict[str, float]:
     """Seconds by kind in which the GPU ran a kernel, each counted once where several overlap.
 
     Small kernels between the optimizer and the next embedding or product draw the batch; those
     between two kernels of the optimizer clip the gradient.
+
+    Args:
+        muon: products between two kernels of the optimizer are its own.
     """
     seconds = dict.fromkeys(KINDS, 0.0)
     kernels = [
@@ -195,17 +200,28 @@ def of_gpu(events: Iterable) -> dict[str, float]:
         for event in events
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
-    busy_until, between = 0.0, None  # between: seconds since the optimizer, if it came last
+    # waiting: seconds by kind since the optimizer, if it came last
+    busy_until, waiting = 0.0, None
+    may_wait = (OTHER, PRODUCTS) if muon else (OTHER,)
     for start, end, name in sorted(kernels):
         kind = next((kind for kind, names in _KERNELS if re.search(names, name)), OTHER)
         took = max(0.0, end - max(start, busy_until)) / 1e6
         busy_until = max(busy_until, end)
-        if between is not None and kind == OTHER and "embed" not in name:
-            between += took
+        if waiting is not None and kind in may_wait and "embed" not in name:
+            waiting[kind] += took
             continue
         if kind != DATA:
-            seconds[OPTIMIZER if kind == OPTIMIZER else DATA] += between or 0.0
-            between = 0.0 if kind == OPTIMIZER else None
+            _settle(waiting, seconds, kind)
+            waiting = dict.fromkeys(may_wait, 0.0) if kind == OPTIMIZER else None
         seconds[kind] += took
-    seconds[DATA] += between or 0.0
+    _settle(waiting, seconds, DATA)
     return seconds
+
+
+def _settle(waiting: dict[str, float] | None, seconds: dict[str, float], then: str) -> None:
+    """Add what came after the optimizer to `seconds`, by the kind of what came `then`."""
+    for kind, waited in (waiting or {}).items():
+        if then == OPTIMIZER:
+            seconds[OPTIMIZER] += waited
+        else:
+            seconds[DATA if kind == OTHER else kind] += waited

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gptcore import muon
 from gptcore.config import TrainConfig
+from gptcore.optim import hidden_matrices
 
 PRODUCTS, ATTENTION, OTHER = "matrix products", "attention", "other kernels"
 OPTIMIZER, DATA, GAPS = "optimizer", "data", "host gaps"
@@ -107,7 +109,7 @@ def work_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> dict[s
     twice a layer, 4 and 5; the activation, four wide, 3 backward (forward it ends a product);
     embedding and first LayerNorm 7; rotation 6 and 6, normalised first 9 backward. Token shift,
     once a model, is left out. Each logit and its gradient once. AdamW moves 28 bytes a
-    parameter, SGD with momentum 20, the norm of the gradient 4, a bfloat16 copy 12.
+    parameter, SGD with momentum and Muon 20, the norm of the gradient 4, a bfloat16 copy 12.
     """
     shape, size = model.config, dtype.itemsize
     T, C = shape.block_size, shape.n_embd
@@ -121,14 +123,15 @@ def work_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> dict[s
     rotation = (15 if shape.qk_norm else 12) * heads * (shape.position == "rotary")
     numbers = tokens * ((30 * layers + 7) * C + rotation + 2 * shape.vocab_size)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    update = parameters * (
-        (28 if config.optimizer == "adamw" else 20) + 4 + 12 * (dtype != torch.float32)
-    )
+    matrices = hidden_matrices(model) if config.optimizer == "muon" else []
+    lighter = parameters if config.optimizer == "sgd" else sum(p.numel() for p, _ in matrices)
+    update = parameters * (28 + 4 + 12 * (dtype != torch.float32)) - 8 * lighter
+    flops = update / 4 + muon.flops(matrices)
     return {
         PRODUCTS: Work(6 * tokens * weights, products),
         ATTENTION: Work(6 * tokens * heads * (T + 1), 12 * size * tokens * heads),
         OTHER: Work(numbers, size * numbers),
-        OPTIMIZER: Work(update / 4, update),
+        OPTIMIZER: Work(flops, update),
         DATA: Work(0, 20 * tokens),  # two tokens of 2 bytes are read, of 8 written
         GAPS: Work(),
     }

@@ -345,8 +345,8 @@ def eager_reason(
         return None
     if device.type != "cuda":
         return f"a {device.type.upper()} has no CUDA graphs"
-    if config.optimizer != "adamw":
-        return f"--optimizer {config.optimizer} reads its learning rate on the host"
+    if config.optimizer == "sgd":
+        return "--optimizer sgd reads its learning rate on the host"
     if config.cycle_momentum and config.schedule in ("cyclic", "onecycle"):
         return "a cycled momentum is a number of the host"
     return None

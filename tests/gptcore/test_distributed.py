@@ -51,6 +51,8 @@ RUNS = {
     "rotary, alone": (0, "auto", ROTARY),
     "rotary, ddp of 2": (2, "ddp", ROTARY),
     "rotary, fsdp of 2": (2, "fsdp", ROTARY),
+    "muon, alone": (0, "auto", ["--optimizer=muon"]),
+    "muon, ddp of 2": (2, "ddp", ["--optimizer=muon"]),
     "bfloat16, alone": (0, "auto", ["--dtype=bfloat16"]),
     "bfloat16, ddp": (2, "ddp", ["--dtype=bfloat16"]),
     "bfloat16, fsdp": (2, "fsdp", ["--dtype=bfloat16"]),
@@ -201,7 +203,7 @@ def alone_of(name: str) -> str:
     return f"{kind}{comma}alone"
 
 
-EXACT = ("ddp", "fsdp", "sums", "naive", "rotary")
+EXACT = ("ddp", "fsdp", "sums", "naive", "rotary", "muon")
 
 
 # ---- the same run ----------------------------------------------------------------------------
@@ -501,8 +503,9 @@ def test_what_does_not_go_together(prepared):
         prepared("--parallel=fsdp")
     with pytest.raises(ConfigError, match="--compile does not go with --parallel fsdp"):
         World(0, 2, "fsdp").check(TrainConfig(compile=True))
-    with pytest.raises(ConfigError, match="--optimizer sgd does not go with --parallel fsdp"):
-        World(0, 2, "fsdp").check(TrainConfig(optimizer="sgd"))
+    for name in ("sgd", "muon"):
+        with pytest.raises(ConfigError, match=f"--optimizer {name} does not go with --parallel"):
+            World(0, 2, "fsdp").check(TrainConfig(optimizer=name))
     arguments = TrainConfig(), GPTConfig(), torch.device("cuda")
     assert "--parallel ddp" in eager_reason(*arguments, world=World(0, 2, "ddp"))
 

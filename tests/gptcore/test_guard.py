@@ -50,10 +50,11 @@ def poison(run, what, value=NAN):
         ["--grad_clip=1"],
         [],
         ["--optimizer=sgd"],
+        ["--optimizer=muon", "--grad_clip=1"],
         ["--dtype=bfloat16"],
         ["--batch_size=4", "--gradient_accumulation_steps=4"],
     ],
-    ids=["adamw-clip", "adamw", "sgd", "bfloat16", "accumulated"],
+    ids=["adamw-clip", "adamw", "sgd", "muon", "bfloat16", "accumulated"],
 )
 def test_such_an_update_does_not_happen(prepared, flags, what, value):
     run = prepared(*flags)
@@ -302,7 +303,7 @@ def test_a_spike_is_logged(train_main, tiny_flags, tmp_path, monkeypatch, capsys
 
 def test_every_optimizer_heeds_the_guard(prepared):
     """A new one that does not would lose its weights to the first NaN."""
-    for name in ("adamw", "sgd"):
+    for name in ("adamw", "sgd", "muon"):
         run = prepared(f"--optimizer={name}")
         assert make_optimizer(run.model, run.config)._step_supports_amp_scaling
 

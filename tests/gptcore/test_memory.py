@@ -90,11 +90,12 @@ def test_what_does_not_depend_on_the_batch():
             config.replace(optimizer=optimizer), shape, kind, torch.float32
         ).fixed_bytes
         - tokens
-        for optimizer in ("adamw", "sgd")
+        for optimizer in ("adamw", "sgd", "muon")
         for kind in ("cpu", "cuda")
     }
     # Weights, gradients, moments; on the CPU the checkpoint's copies of all but the gradients.
     assert fixed[("adamw", "cuda")] == 16 * P and fixed[("adamw", "cpu")] == 28 * P
+    assert fixed[("muon", "cpu")] == 28 * P  # one moment less, and its work
     assert fixed[("sgd", "cuda")] == 12 * P and fixed[("sgd", "cpu")] == 20 * P
     assert need(config, shape, "cuda", torch.bfloat16).fixed_bytes == 20 * P + tokens
 

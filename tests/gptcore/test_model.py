@@ -269,7 +269,20 @@ def test_a_linear_map_may_keep_its_bias(device):
     assert lent["blocks.0.proj.bias"].any()
 
 
-@pytest.mark.parametrize("init", ["notebook", "gpt2"])
+@pytest.mark.parametrize(("init", "residual"), [("gpt2", 0.05), ("zero", 0.0)])
+def test_initial_weights(init, residual):
+    """0.1, and projections onto the residual stream that over sqrt(2 * 2), or 0."""
+    torch.manual_seed(3)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=8, init=init, init_std=0.1)
+    for name, parameter in GPT(config).named_parameters():
+        if parameter.ndim == 2:
+            expected = residual if name.endswith(("proj.weight", "mlp_out.weight")) else 0.1
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
+        elif name.endswith("bias"):
+            assert not parameter.any()
+
+
+@pytest.mark.parametrize("init", ["notebook", "gpt2", "zero"])
 def test_the_naive_rung_begins_where_gpt_begins(init):
     """It has an initialisation of its own only where it is built by itself."""
     config, weights = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, init=init), []

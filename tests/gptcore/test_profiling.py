@@ -217,6 +217,23 @@ def test_kernels_on_a_gpu_by_kind_replay_after_replay():
     assert seconds == pytest.approx({kind: ms / 1e3 for kind, ms in expected.items()})
 
 
+def test_muons_products_are_the_optimizers():
+    """They come after those kernels of AdamW that tell it, and before the next one."""
+    muon = (
+        ("void at::native::CatArrayBatchedCopy<4>", 1),
+        ("nvjet_tst_64x64_64x4_v_bz_TNT", 9),
+        ("void at::native::multi_tensor_apply_kernel<BinaryOpListAlphaFunctor<float>>", 2),
+    )
+    once, twice = (of_gpu(kernels(*(*STEP, *muon) * n), muon=True) for n in (1, 2))
+    assert once[OPTIMIZER] == pytest.approx((9 + 12) / 1e3)
+    assert once[PRODUCTS] == pytest.approx(35 / 1e3)
+    assert twice[OPTIMIZER] == pytest.approx(2 * once[OPTIMIZER])
+    assert twice[PRODUCTS] == pytest.approx(2 * once[PRODUCTS])
+    assert twice[DATA] == pytest.approx(3 / 1e3)
+    unaware = of_gpu(kernels(*STEP, *muon))
+    assert unaware[PRODUCTS] == pytest.approx(44 / 1e3)
+
+
 def test_kernels_that_overlap_count_once():
     events = kernels(("sm90_gemm", 4), ("_embed_kernel", 4))
     for event, (start, end) in zip(events, [(0, 4e3), (1e3, 6e3)], strict=False):
@@ -273,6 +290,19 @@ def test_work_by_hand(optimizer, dtype, update):
         DATA: (0, 24 * (2 * 2 + 2 * 8)),
         GAPS: (0, 0),
     }
+
+
+def test_muons_work_by_hand():
+    """Four matrices of 4 x 4, two of 4 x 16; five times three products."""
+    model = GPT(GPTConfig(n_layer=1, n_embd=4, n_head=1, block_size=8, vocab_size=5))
+    config = TrainConfig(batch_size=3)
+    muon, adamw = (
+        work_of(model, config.replace(optimizer=name), torch.float32)[OPTIMIZER]
+        for name in ("muon", "adamw")
+    )
+    assert adamw.bytes - muon.bytes == 8 * (4 * 16 + 2 * 64)
+    products = 5 * (4 * 6 * 4**3 + 2 * (4 * 4 * 4 * 16 + 2 * 4**3))
+    assert muon.flops == muon.bytes / 4 + products
 
 
 def test_the_roofline_bends_where_a_copy_is_as_slow_as_a_product(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ RECIPES = {
     ],
     "clipped": ["--dropout=0.2", "--grad_clip=0.01", "--weight_decay=0.1", "--activation=gelu_erf"],
     "sgd": ["--dropout=0.2", "--optimizer=sgd", "--schedule=cyclic", "--grad_clip=1"],
+    "muon": ["--dropout=0.2", "--optimizer=muon", "--init=zero", "--grad_clip=1"],
     "answers": ["--data=add", "--dropout=0.2", "--block_size=16"],
     "bfloat16": ["--dropout=0.2", "--dtype=bfloat16", "--grad_clip=1"],
 }

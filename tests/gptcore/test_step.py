@@ -134,6 +134,7 @@ def test_a_cpu_cuts_large_batches(prepared, monkeypatch, sequences):
         (TrainConfig(), "cuda", None),
         (TrainConfig(gradient_accumulation_steps=4), "cuda", None),
         (TrainConfig(model="naive"), "cuda", "--model naive"),
+        (TrainConfig(optimizer="muon"), "cuda", None),
         (TrainConfig(optimizer="sgd"), "cuda", "--optimizer sgd"),
         (TrainConfig(cuda_graph=False), "cuda", "--cuda_graph false"),
         (TrainConfig(schedule="cyclic", cycle_momentum=True), "cuda", "momentum"),
@@ -181,7 +182,15 @@ def test_the_dtype_of_a_cpu_is_timed_where_it_has_bfloat16(prepared, monkeypatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [(), ("--batch_size=4", "--gradient_accumulation_steps=4")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--batch_size=4", "--gradient_accumulation_steps=4"),
+        ("--optimizer=muon", "--schedule=wsd", "--decay_fraction=1"),
+    ],
+    ids=["adamw", "accumulated", "muon"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_captured_update_equals_the_eager_one_bit_for_bit(prepared, flags, dtype):
     flags = (*flags, "--device=cuda", f"--dtype={dtype}", "--dropout=0.2", "--grad_clip=1")
