@@ -3,15 +3,15 @@
 What a step holds, for P parameters, R sequences of T tokens in a micro-batch, L layers, width C,
 H heads of D and V tokens in the vocabulary:
 
-    P * 4 * (weights + gradients + slots of the optimizer + their copies for the checkpoint)
+    P * 4 * (weights + gradients + slots of the optimizer + copies for the checkpoint + 4 for Muon)
     (sequences of a step) * T * 16, its tokens and targets
     R * T * itemsize * (L * (11 C + 4 H D + (4 C unless ReLU) + (2 C with dropout)) + 3 V)
 
-Copies for the checkpoint are a CPU's alone. A bfloat16 copy of weights and gradients adds 4 P; the
-naive models keep H T more a layer, with dropout 3 H T; the Triton kernels hold V / 3, not 3 V. Of
-logits that `linear_cross_entropy` takes in chunks a CPU holds four chunks instead of 3 V. The
-last line is fitted to the peaks of the CPU's allocator (`python -m bench memory`): eleven settings
-of nanogpt-cpu, within a quarter.
+Copies for the checkpoint, of weights and slots, are a CPU's alone. A bfloat16 copy of weights and
+gradients adds 4 P; the naive models keep H T more a layer, with dropout 3 H T; the Triton kernels
+hold V / 3, not 3 V. Of logits that `linear_cross_entropy` takes in chunks a CPU holds four chunks
+instead of 3 V. The last line is fitted to the peaks of the CPU's allocator (`python -m bench
+memory`): eleven settings of nanogpt-cpu, within a quarter.
 
 On a CPU a micro-batch has at most `largest_micro_batch` sequences, whatever batch_size is. Batches
 and dropout masks follow from a sequence's place in the step's whole batch: however it is split,
@@ -61,10 +61,10 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     Raises: ConfigError if no tensor can be as large as the model's.
     """
     P = parameter_count(config.model, model)
-    # Tensors like the parameter: its moments; Muon's work takes as much as a second one would.
-    slots = 1 if config.optimizer == "sgd" else 2
+    # Tensors like a parameter: its moments, and what Muon computes with.
+    slots, work = {"adamw": (2, 0), "muon": (1, 4), "sgd": (1, 0)}[config.optimizer]
     on_cpu = device_type == "cpu"
-    fixed = 4 * P * (2 + slots + (1 + slots if on_cpu else 0))
+    fixed = 4 * P * (2 + slots + work + (1 + slots if on_cpu else 0))
     if dtype == torch.bfloat16:
         fixed += 4 * P
     fixed += 16 * config.sequences * model.block_size

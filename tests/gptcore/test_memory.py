@@ -95,9 +95,22 @@ def test_what_does_not_depend_on_the_batch():
     }
     # Weights, gradients, moments; on the CPU the checkpoint's copies of all but the gradients.
     assert fixed[("adamw", "cuda")] == 16 * P and fixed[("adamw", "cpu")] == 28 * P
-    assert fixed[("muon", "cpu")] == 28 * P  # one moment less, and its work
+    assert fixed[("muon", "cuda")] == 28 * P and fixed[("muon", "cpu")] == 36 * P
     assert fixed[("sgd", "cuda")] == 12 * P and fixed[("sgd", "cpu")] == 20 * P
     assert need(config, shape, "cuda", torch.bfloat16).fixed_bytes == 20 * P + tokens
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_of_many_weights_is_foreseen(prepared, optimizer):
+    """Moments, weights and their copies for the checkpoint are not among what it needs anew."""
+    small = ["--block_size=4", "--batch_size=1", "--n_embd=256", "--n_head=2", "--n_layer=3"]
+    run = prepared(*small, f"--optimizer={optimizer}")
+    trainer.training_step(run)
+    wanted = need(run.config, run.model.config, "cpu", torch.float32).bytes(1)
+    kept = sum(w.nbytes for w in run.model.parameters())
+    kept += sum(t.nbytes for s in run.optimizer.state.values() for t in s.values())
+    anew = wanted - 2 * kept
+    assert 0.7 * anew < peak_of_a_step(run) < 1.1 * anew
 
 
 def test_fitting_keeps_the_whole_batch():
