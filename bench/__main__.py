@@ -147,8 +147,10 @@ def _main(argv: list[str]) -> int:
     nanogpt = _folder("--nanogpt", given["nanogpt"], "model.py") if "nanogpt" in given else None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on stderr otherwise
     from bench.run import run
+    from gptcore.pool import terminate_as_interrupt
 
-    return run(argv, given, chosen, nanogpt, selfcheck=task == "selfcheck")
+    with terminate_as_interrupt():  # trainings that were started end, too
+        return run(argv, given, chosen, nanogpt, selfcheck=task == "selfcheck")
 
 
 def _results() -> Path:

@@ -94,7 +94,7 @@ class Muon(torch.optim.AdamW):
         if skipped is None:
             skipped = torch.zeros((), device=group["params"][0].device)
         lr = group["lr"] * (1 - skipped)
-        sizes = defaultdict(list)  # (m, n), m <= n -> (matrices, their directions) by shape
+        sizes = defaultdict(list)  # (m, n), m <= n -> (matrices of a shape, their directions)
         for (rows, columns), bands in self._bands(group).items():
             weights, gradients, momenta = zip(*bands, strict=True)
             momentum = torch.stack(momenta)
@@ -104,15 +104,15 @@ class Muon(torch.optim.AdamW):
             torch._foreach_copy_(momenta, momentum.unbind())
             direction = gradient.lerp_(momentum, beta)
             sizes[min(rows, columns), max(rows, columns)].append((weights, direction))
-        for (_, n), shapes in sizes.items():
-            tall = [direction.shape[1] > direction.shape[2] for _, direction in shapes]
-            x = [d.mT if is_tall else d for (_, d), is_tall in zip(shapes, tall, strict=True)]
-            half = x[0].is_cuda or multiplies_bfloat16()
-            x = orthogonalized(torch.cat(x).to(torch.bfloat16 if half else torch.float32))
-            x = (x * (-0.2 * n**0.5 * lr)).split([len(weights) for weights, _ in shapes])
-            for (weights, _), update, is_tall in zip(shapes, x, tall, strict=True):
+        for (m, n), shapes in sizes.items():
+            x = torch.cat([d if d.shape[1] == m else d.mT for _, d in shapes])
+            half = x.is_cuda or multiplies_bfloat16()
+            x = orthogonalized(x.to(torch.bfloat16) if half else x)
+            updates = (x.float() * (-0.2 * n**0.5 * lr)).split([len(w) for w, _ in shapes])
+            for (weights, d), update in zip(shapes, updates, strict=True):
+                update = update if d.shape[1] == m else update.mT.contiguous()  # as its weights
                 torch._foreach_mul_(weights, 1 - group["weight_decay"] * lr)
-                torch._foreach_add_(weights, (update.mT if is_tall else update).unbind())
+                torch._foreach_add_(weights, update.unbind())
 
     def _bands(self, group: dict) -> dict[tuple[int, int], list[tuple[torch.Tensor, ...]]]:
         """(weights, gradient, momentum) of every band of the group's matrices, by its shape."""

@@ -1,8 +1,10 @@
 """The command line: bad input is one line with the known words and exit code 2."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -92,6 +94,26 @@ def test_a_folder_without_permission_is_refused_before_measuring(tmp_path, capsy
     assert main(["step", "--json", str(tmp_path / "x.json")]) == 2
     out, err = capsys.readouterr()
     assert "Permission denied" in err and out == ""
+
+
+def test_sigterm_ends_it_as_ctrl_c_does(monkeypatch):
+    """By an exception: what stops the trainings that it started, then runs."""
+    ended = []
+
+    def asking(*args, **options):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(run, "run", asking)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert main(["layer_norm"]) == 1
+        assert ended and signal.getsignal(signal.SIGTERM) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_help_imports_no_torch():
