@@ -37,6 +37,7 @@ PRODUCT_EFFICIENCY = 0.75  # of the rate of a large square product, shapes of a 
 KERNEL_EFFICIENCY = 0.7  # a kernel's static bound over its time; none measured here yet
 GRAPH_GAP_S = 1.0e-6  # between kernels of a CUDA graph
 KERNELS = (22, 14)  # of one layer and of the rest, forward, backward and optimizer; 146 in 6 layers
+MUON_KERNELS = 100  # of an update by Muon beside AdamW's, however many layers
 CPU_CALLS = (70, 90)  # dispatched operations of one layer and of the rest, autograd included
 # What one of them costs with Python and autograd around it, in bare calls: between 4 and 9 in the
 # steps of 64 to 256 channels on two AVX2 cores (bench/results/cpu.json).
@@ -120,9 +121,10 @@ def terms(
     }
     found |= {kind: micro_batches * seconds for kind, seconds in (kernels or {}).items()}
     calls = machine.calls[0] * config.n_layer + machine.calls[1]
+    muon = MUON_KERNELS if train.optimizer == "muon" else 0
     found |= {
         "masks": dropped_elements(config, train.sequences) * machine.philox_s,
-        "dispatch": micro_batches * calls * machine.call_s,
+        "dispatch": (micro_batches * calls + muon) * machine.call_s,
         OPTIMIZER: floor(OPTIMIZER),
     }
     return {name: seconds for name, seconds in found.items() if seconds}
@@ -267,7 +269,7 @@ def assumptions(gpu: GPU, gpus: int, ring: float) -> list[str]:
         f"{gpu.bandwidth / 1e12:.2f} TB/s (one H200: 790 of 989, 4.3 of 4.8; square products, "
         f"{PRODUCT_EFFICIENCY:.0%} of that for the step's shapes)",
         f"the step is one CUDA graph: {KERNELS[0]} kernels a layer and {KERNELS[1]} more, "
-        f"{GRAPH_GAP_S * 1e6:g} us between two",
+        f"{MUON_KERNELS} for Muon, {GRAPH_GAP_S * 1e6:g} us between two",
     ]
     if gpus > 1:
         lines.append(

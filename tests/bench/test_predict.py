@@ -25,11 +25,11 @@ SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=10, dr
 TRAIN = TrainConfig(batch_size=3, gradient_accumulation_steps=2)  # 24 tokens a step
 
 
-def small_terms(kernels=None, **given):
+def small_terms(kernels=None, train=TRAIN, **given):
     """Terms of SMALL on a machine whose rates are infinite, but for those given."""
     rates = {"matmul": math.inf, "bandwidth": math.inf, "call_s": 0.0, "dtype": torch.bfloat16}
     machine = predict.Machine(name="this", calls=(3, 5), **rates | given)
-    return predict.terms(models.meta(SMALL), TRAIN, machine, kernels)
+    return predict.terms(models.meta(SMALL), train, machine, kernels)
 
 
 def test_bytes_of_a_step_by_hand():
@@ -55,6 +55,8 @@ def test_flops_of_a_step_by_hand():
 
 def test_calls_masks_and_kernels_of_a_step_by_hand():
     assert small_terms(call_s=1.0) == {"dispatch": 2 * (3 * 2 + 5)}
+    muon = small_terms(train=TRAIN.replace(optimizer="muon"), call_s=1.0)
+    assert muon == {"dispatch": 2 * (3 * 2 + 5) + 100}  # once a step
     masks = 2 * 2 * 6 * (2 * 10 + 2 * 4 * 8)  # both ways, of 2 layers, in 6 sequences
     assert small_terms(philox_s=1.0) == {"masks": masks}
     kernels = {ATTENTION: 1.25, OTHER: 0.5}  # instead of their floors, in each of 2 micro-batches
