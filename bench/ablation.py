@@ -22,7 +22,6 @@ from gptcore.config import RunError
 from gptcore.flags import parse_settings
 
 WHOLE = "whole recipe"
-_SLOWLY = "--warmup_iters=80"
 STEPS = 320
 VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
     WHOLE: (),
@@ -33,17 +32,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
     "ReLU": ("--activation=relu",),
     "untied head": ("--tied_head=false",),
     "biases": ("--bias=true", "--qkv_bias=true", "--head_bias=true"),
-    "AdamW, at its rate and warm-up": ("--optimizer=adamw", "--learning_rate=6e-3", _SLOWLY),
+    "AdamW, rate 0.006, warm-up 80": (
+        *("--optimizer=adamw", "--learning_rate=6e-3", "--warmup_iters=80"),
+    ),
     "AdamW at nanoGPT's rates": (
-        *("--optimizer=adamw", "--learning_rate=1e-3", "--min_lr=1e-4", "--schedule=cosine"),
-        _SLOWLY,
+        *("--optimizer=adamw", "--learning_rate=1e-3", "--warmup_iters=80"),
+        *("--schedule=cosine", "--min_lr=1e-4"),
     ),
     "momentum 0.95": ("--beta1=0.95",),
-    "half the learning rate": ("--learning_rate=0.01",),
-    "twice the learning rate": ("--learning_rate=0.04",),
     "projections begun as in GPT-2": ("--init=gpt2",),
     "initial weights of 0.02": ("--init_std=0.02",),
-    "cosine to a tenth": ("--schedule=cosine", "--min_lr=2e-3"),
     "no warm-up": ("--warmup_iters=0",),
     "dropout 0.1": ("--dropout=0.1",),
     "no weight decay": ("--weight_decay=0",),
@@ -52,12 +50,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
 
 
 BATCHES = {"half the batch, twice the steps": 0.5, "twice the batch, half the steps": 2}
+RATES = {"half the learning rate": 0.5, "twice the learning rate": 2}
 
 
 def variants(preset: str) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Steps and flags of every variant's runs, which are evaluated at their end."""
     config, _ = parse_settings([f"--preset={preset}"]).merged()
-    steps, flags = dict.fromkeys(VARIANTS, STEPS), dict(VARIANTS)
+    rate, flags = config.learning_rate, dict(VARIANTS)
+    flags["cosine to a tenth"] = "--schedule=cosine", f"--min_lr={rate / 10:g}"
+    flags |= {name: (f"--learning_rate={rate * factor:g}",) for name, factor in RATES.items()}
+    steps = dict.fromkeys(flags, STEPS)
     for name, factor in BATCHES.items():
         steps[name] = int(STEPS / factor)
         batch_size, warmup_iters = config.batch_size * factor, config.warmup_iters / factor

@@ -123,7 +123,8 @@ class _Bench:
 
         def step(model, batch):
             where = {"device": self.options.device, "dtype": timed.dtype}
-            update = Step(model, make_optimizer(model, config), None, config, **where)
+            optimizer = make_optimizer(model, config, timed.dtype)
+            update = Step(model, optimizer, None, config, **where)
             update.fetched = {
                 first: tuple(tensor[first : first + rows] for tensor in batch)
                 for first, rows in update.micro_batches

@@ -153,7 +153,7 @@ class TrainConfig:
     max_iters: int = _option(5000, "training steps", least=0)
     optimizer: str = _option(
         "adamw",
-        "adamw, sgd, or muon: muon for the matrices of a gpt's blocks, adamw for the rest",
+        "adamw, sgd, or muon: muon for the matrices of blocks, adamw for the rest",
         choices=("adamw", "sgd", "muon"),
     )
     learning_rate: float = _option(3e-4, "peak learning rate", above=0)
@@ -180,7 +180,7 @@ class TrainConfig:
     div_factor: float = _option(25.0, "onecycle: starts at learning_rate / this", above=0)
     final_div_factor: float = _option(1e4, "onecycle: ends at its start / this", above=0)
     cycle_momentum: bool = _option(
-        True, "cyclic, onecycle: momentum (but of sgd: beta1) falls as the rate rises"
+        True, "cyclic, onecycle: sgd's momentum, else beta1, falls as the rate rises"
     )
     base_momentum: float | None = _option(
         None, "lowest cycled momentum; default 0.8, onecycle 0.85", least=0, below=1
@@ -259,10 +259,6 @@ class TrainConfig:
             raise ConfigError("min_lr must be above 0 with --schedule exponential; got 0.0")
         if self.decay_fraction > 1:
             raise ConfigError(f"decay_fraction must be at most 1; got {self.decay_fraction}")
-        if self.optimizer == "muon" and self.model != "gpt":
-            raise ConfigError(
-                f"optimizer muon is for model gpt; give --optimizer adamw with model {self.model}"
-            )
 
     @property
     def schedule_iters(self) -> int:

@@ -68,8 +68,8 @@ class World:
         # torch's fused SGD takes no shards, Muon needs whole matrices.
         if self.parallel == "fsdp" and config.optimizer != "adamw":
             raise ConfigError(
-                f"--optimizer {config.optimizer} does not go with --parallel fsdp; take adamw, or "
-                "--parallel ddp"
+                f"--optimizer {config.optimizer} does not go with --parallel fsdp; take --parallel "
+                "ddp, or for a new run adamw"
             )
         if config.sequences // self.size < self.rounds(config):
             enough = max(2, -(-self.size // config.gradient_accumulation_steps))

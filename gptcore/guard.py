@@ -1,9 +1,9 @@
 """Loss safety: an update whose loss or gradient is not finite does not happen.
 
 On the device, without waiting for it: `Guard.inspect` sets `found_inf`, which torch's fused
-optimizers read in their kernels (it was made for GradScaler): where it is 1 they leave weights,
-moments and step counts as they are. The norm of each update's gradient is kept until someone looks,
-NaN where the update did not happen.
+optimizers read in their kernels (it was made for GradScaler), and Muon: where it is 1 they leave
+weights, moments and step counts as they are. The norm of each update's gradient is kept until
+someone looks, NaN where the update did not happen.
 
 On the host, where train lines are written: `Watch` says which updates were skipped and which
 gradients were spikes.
@@ -25,7 +25,7 @@ class Guard:
     """What stands between a gradient and the weights.
 
     Args:
-        optimizer: fused; it heeds `found_inf` from now on.
+        optimizer: fused, or Muon; it heeds `found_inf` from now on.
         device: of the parameters.
         step: updates done so far.
     """

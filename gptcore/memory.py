@@ -3,14 +3,15 @@
 What a step holds, for P parameters, R sequences of T tokens in a micro-batch, L layers, width C,
 H heads of D and V tokens in the vocabulary:
 
-    P * 4 * (weights + gradients + slots of the optimizer + copies for the checkpoint + 4 for Muon)
+    P * 4 * (weights + gradients + slots of the optimizer + their copies for the checkpoint)
     (sequences of a step) * T * 16, its tokens and targets
     R * T * itemsize * (L * (11 C + 4 H D + (4 C unless ReLU) + (2 C with dropout)) + 3 V)
 
-Copies for the checkpoint, of weights and slots, are a CPU's alone. A bfloat16 copy of weights and
-gradients adds 4 P; the naive models keep H T more a layer, with dropout 3 H T; the Triton kernels
-hold V / 3, not 3 V. Of logits that `linear_cross_entropy` takes in chunks a CPU holds four chunks
-instead of 3 V. The last line is fitted to the peaks of the CPU's allocator (`python -m bench
+Muon keeps one slot, not two, of the matrices of blocks, and works with five copies of them, when
+the last line is free again. Copies for the checkpoint are a CPU's alone. A bfloat16 copy of weights
+and gradients adds 4 P; the naive models keep H T more a layer, with dropout 3 H T; the Triton
+kernels hold V / 3, not 3 V. Of logits that `linear_cross_entropy` takes in chunks a CPU holds four
+chunks instead of 3 V. The last line is fitted to the peaks of the CPU's allocator (`python -m bench
 memory`): eleven settings of nanogpt-cpu, within a quarter.
 
 On a CPU a micro-batch has at most `largest_micro_batch` sequences, whatever batch_size is. Batches
@@ -44,15 +45,18 @@ class Need:
 
     Attributes:
         sequences: of a micro-batch, at most; a CPU takes no more at once, whatever batch_size is.
+        update_bytes: what an update works with; the sequences' are free then.
     """
 
     fixed_bytes: int
     sequence_bytes: int
     sequences: int
+    update_bytes: int = 0
 
     def bytes(self, batch_size: int) -> int:
         """Of a run with this batch_size."""
-        return self.fixed_bytes + min(batch_size, self.sequences) * self.sequence_bytes
+        of_sequences = min(batch_size, self.sequences) * self.sequence_bytes
+        return self.fixed_bytes + max(self.update_bytes, of_sequences)
 
 
 def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.dtype) -> Need:
@@ -61,14 +65,15 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     Raises: ConfigError if no tensor can be as large as the model's.
     """
     P = parameter_count(config.model, model)
-    # Tensors like a parameter: its moments, and what Muon computes with.
-    slots, work = {"adamw": (2, 0), "muon": (1, 4), "sgd": (1, 0)}[config.optimizer]
+    L, C, HD, T = model.n_layer, model.n_embd, model.n_head * model.D, model.block_size
+    blocks = config.model in ("gpt", "naive")
+    matrices = 4 * L * C * (HD + 2 * C) if blocks and config.optimizer == "muon" else 0
+    slots = P if config.optimizer == "sgd" else 2 * P - matrices  # numbers: the moments
     on_cpu = device_type == "cpu"
-    fixed = 4 * P * (2 + slots + work + (1 + slots if on_cpu else 0))
+    fixed = 4 * (2 * P + slots + (P + slots if on_cpu else 0))
     if dtype == torch.bfloat16:
         fixed += 4 * P
     fixed += 16 * config.sequences * model.block_size
-    L, C, HD, T = model.n_layer, model.n_embd, model.n_head * model.D, model.block_size
     a_layer = 11 * C + 4 * HD + 4 * C * (model.activation != "relu") + 2 * C * (model.dropout > 0)
     if config.model == "naive":
         a_layer += model.n_head * T * (3 if model.dropout else 1)
@@ -77,9 +82,9 @@ def need(config: TrainConfig, model: GPTConfig, device_type: str, dtype: torch.d
     chunked = on_cpu and config.model == "gpt"
     if chunked and sequences * T * a_token * dtype.itemsize > 4 * CHUNK_BYTES:
         fixed, a_token = fixed + 4 * CHUNK_BYTES, 0
-    if config.model in ("gpt", "naive"):
+    if blocks:
         a_token += L * a_layer
-    return Need(fixed, T * dtype.itemsize * a_token, sequences)
+    return Need(fixed, T * dtype.itemsize * a_token, sequences, update_bytes=20 * matrices)
 
 
 def parameter_count(name: str, model: GPTConfig) -> int:
@@ -121,7 +126,7 @@ def device_bytes(device: torch.device) -> tuple[float, float]:
 def fitting(sequences: int, most: int, needed: Need, free: float) -> int | None:
     """The largest batch size up to `most` that divides a step's sequences and fits; None: none."""
     room = free - needed.fixed_bytes
-    if room < needed.sequence_bytes:
+    if room < max(needed.sequence_bytes, needed.update_bytes):
         return None
     if room < needed.sequences * needed.sequence_bytes:  # not one by one from what was asked for
         most = min(most, int(room // needed.sequence_bytes))

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kernels.backend import multiplies_bfloat16
-
 ITERATIONS = 5
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steepest at 0, singular values end near 1
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5; Jordan's, which are steep at 0
 
 
 def orthogonalized(x: torch.Tensor) -> torch.Tensor:
-    """About U V^T of each x = U S V^T, by Newton-Schulz: S ends between 0.7 and 1.2.
+    """About U V^T of each x = U S V^T, by Newton-Schulz.
+
+    A singular value of s |x| ends between 0.68 and 1.21 if s is 0.002 or more, near 485 s if less.
 
     Args:
         x: (K, m, n), m <= n; bfloat16 is precise enough.
@@ -59,6 +59,7 @@ class Muon(torch.optim.AdamW):
             of its own; queries, keys and values are three.
         groups: AdamW's.
         weight_decay: of `matrices`; decoupled, as AdamW's.
+        dtype: of the products; weights and momentum are float32.
         options: of torch.optim.AdamW; Muon's beta is the first of betas.
     """
 
@@ -68,11 +69,16 @@ class Muon(torch.optim.AdamW):
         groups: Sequence[dict],
         *,
         weight_decay: float,
+        dtype: torch.dtype = torch.float32,
         **options,
     ):
+        self.dtype = dtype
         parameters, bands = zip(*matrices, strict=True)
         own = {"params": list(parameters), "bands": bands, "weight_decay": weight_decay}
         super().__init__([own, *groups], fused=True, **options)
+
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for its slots everywhere
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -94,28 +100,28 @@ class Muon(torch.optim.AdamW):
         if skipped is None:
             skipped = torch.zeros((), device=group["params"][0].device)
         lr = group["lr"] * (1 - skipped)
-        sizes = defaultdict(list)  # (m, n), m <= n -> (matrices of a shape, their directions)
-        for (rows, columns), bands in self._bands(group).items():
-            weights, gradients, momenta = zip(*bands, strict=True)
+        kept = 1 - group["weight_decay"] * lr
+        directions = defaultdict(list)  # by size, (m, n), m <= n: (weights of a shape, theirs)
+        for (rows, columns), matrices in self._by_shape(group).items():
+            weights, gradients, momenta = zip(*matrices, strict=True)
             momentum = torch.stack(momenta)
             # A step to be skipped moves the momentum to where it is; NaN times 0 would be NaN.
             gradient = torch.where(skipped > 0, momentum, torch.stack(gradients))
             momentum.lerp_(gradient, 1 - beta)
             torch._foreach_copy_(momenta, momentum.unbind())
             direction = gradient.lerp_(momentum, beta)
-            sizes[min(rows, columns), max(rows, columns)].append((weights, direction))
-        for (m, n), shapes in sizes.items():
+            directions[min(rows, columns), max(rows, columns)].append((weights, direction))
+        for (m, n), shapes in directions.items():
             x = torch.cat([d if d.shape[1] == m else d.mT for _, d in shapes])
-            half = x.is_cuda or multiplies_bfloat16()
-            x = orthogonalized(x.to(torch.bfloat16) if half else x)
-            updates = (x.float() * (-0.2 * n**0.5 * lr)).split([len(w) for w, _ in shapes])
+            x = orthogonalized(x.to(self.dtype)).float() * (-0.2 * n**0.5 * lr)
+            updates = x.split([len(weights) for weights, _ in shapes])
             for (weights, d), update in zip(shapes, updates, strict=True):
                 update = update if d.shape[1] == m else update.mT.contiguous()  # as its weights
-                torch._foreach_mul_(weights, 1 - group["weight_decay"] * lr)
+                torch._foreach_mul_(weights, kept)
                 torch._foreach_add_(weights, update.unbind())
 
-    def _bands(self, group: dict) -> dict[tuple[int, int], list[tuple[torch.Tensor, ...]]]:
-        """(weights, gradient, momentum) of every band of the group's matrices, by its shape."""
+    def _by_shape(self, group: dict) -> dict[tuple[int, int], list[tuple[torch.Tensor, ...]]]:
+        """(weights, gradient, momentum) of every matrix of the group, a band being one."""
         found = defaultdict(list)
         for parameter, count in zip(group["params"], group["bands"], strict=True):
             if parameter.grad is None:

@@ -6,13 +6,13 @@ captured update only one number. `cyclic` and `onecycle` equal torch's CyclicLR 
 """
 
 import math
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import nn
 
 from gptcore.config import TrainConfig
-from gptcore.model import GPT
 from gptcore.muon import Muon
 
 
@@ -87,9 +87,11 @@ def _one_cycle(step: int, config: TrainConfig, first: float, middle: float, last
     return stop + (start - stop) / 2 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, config: TrainConfig, without: Set[nn.Parameter] = frozenset()
+) -> list[dict]:
     """Matrices (and embeddings) decay, vectors do not; all do with decay_params "all"."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in without]
     decay = [p for p in parameters if p.ndim >= 2 or config.decay_params == "all"]
     rest = [p for p in parameters if p.ndim < 2 and config.decay_params != "all"]
     groups = [
@@ -99,50 +101,51 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """AdamW, Muon with it, or SGD with momentum and L2 decay.
 
     torch's are fused: one kernel for all parameters of a group.
+
+    Args:
+        dtype: of Muon's products.
     """
-    groups = parameter_groups(model, config)
+    matrices = hidden_matrices(model) if config.optimizer == "muon" else []
+    groups = parameter_groups(model, config, without={parameter for parameter, _ in matrices})
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, fused=True
         )
-    lr, device = config.learning_rate, groups[0]["params"][0].device
+    lr, device = config.learning_rate, next(model.parameters()).device
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "lr": lr}
     if device.type == "cuda":
         options |= {"lr": torch.tensor(lr, device=device), "capturable": True}
-    matrices = hidden_matrices(model) if config.optimizer == "muon" else []
-    if not matrices:  # frozen, or not asked for
+    if not matrices:  # not asked for, frozen, or those of a bigram model
         return torch.optim.AdamW(groups, fused=True, **options)
-    taken = {parameter for parameter, _ in matrices}
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p not in taken]
-    groups = [group for group in groups if group["params"]]
-    return Muon(matrices, groups, weight_decay=config.weight_decay, **options)
+    return Muon(matrices, groups, weight_decay=config.weight_decay, dtype=dtype, **options)
 
 
-def hidden_matrices(model: GPT) -> list[tuple[nn.Parameter, int]]:
-    """What Muon updates: the matrices of the blocks that are trained, and bands of rows in each."""
+def hidden_matrices(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """What Muon updates, and how many bands of rows each has: all matrices but embeddings and head.
+
+    A packed projection has queries, keys and values; the naive models have them head by head.
+    """
     return [
-        (linear.weight, 3 if linear is block.qkv else 1)
-        for block in model.blocks
-        for linear in (block.qkv, block.proj, block.mlp_in, block.mlp_out)
-        if linear.weight.requires_grad
+        (module.weight, 3 if name.endswith("qkv") else 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head" and module.weight.requires_grad
     ]
 
 
 def state_slots(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
     """What `optimizer` keeps of each parameter, once it has updated it."""
-    adamw = isinstance(optimizer, torch.optim.AdamW)
-    return {
-        parameter: ("step", "exp_avg", "exp_avg_sq")
-        if adamw and "bands" not in group
-        else ("momentum_buffer",)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    slots = {}
+    for group in optimizer.param_groups:
+        momentum = isinstance(optimizer, torch.optim.SGD) or "bands" in group
+        of_each = ("momentum_buffer",) if momentum else ("step", "exp_avg", "exp_avg_sq")
+        slots |= dict.fromkeys(group["params"], of_each)
+    return slots
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:

@@ -188,7 +188,7 @@ def _op_kind(name: str) -> str:
 def of_gpu(events: Iterable, *, muon: bool = False) -> dict[str, float]:
     """Seconds by kind in which the GPU ran a kernel, each counted once where several overlap.
 
-    Small kernels between the optimizer and the next embedding or product draw the batch; those
+    Small kernels between the optimizer and the next forward pass, or product, draw the batch; those
     between two kernels of the optimizer clip the gradient.
 
     Args:
@@ -207,7 +207,8 @@ def of_gpu(events: Iterable, *, muon: bool = False) -> dict[str, float]:
         kind = next((kind for kind, names in _KERNELS if re.search(names, name)), OTHER)
         took = max(0.0, end - max(start, busy_until)) / 1e6
         busy_until = max(busy_until, end)
-        if waiting is not None and kind in may_wait and "embed" not in name:
+        begins = re.search("embed|gather|layer_norm", name)
+        if waiting is not None and kind in may_wait and not begins:
             waiting[kind] += took
             continue
         if kind != DATA:

@@ -295,7 +295,7 @@ def _build(
             dtype_reason = "as the run began"
         if world.parallel == "fsdp":
             distributed.fully_shard(model, dtype, world)
-        optimizer = make_optimizer(model, config)
+        optimizer = make_optimizer(model, config, dtype)
         if checkpoint is not None:
             checkpoint.load_optimizer(model, optimizer)
         update = Step(

@@ -245,10 +245,11 @@ def test_only_whole_runs_enter_the_ablation(monkeypatch):
     ]
 
 
-def test_every_variant_of_the_ablation_is_a_setting_the_preset_has_not():
-    whole = parse_settings(["--preset=speedrun-cpu", *variants("speedrun-cpu")[WHOLE][1]]).merged()
-    for name, (steps, flags) in variants("speedrun-cpu").items():
-        config, model = parse_settings(["--preset=speedrun-cpu", *flags]).merged()
+@pytest.mark.parametrize("preset", ["speedrun-cpu", "cpu", "speedrun", "best"])
+def test_every_variant_of_the_ablation_is_a_setting_the_preset_has_not(preset):
+    whole = parse_settings([f"--preset={preset}", *variants(preset)[WHOLE][1]]).merged()
+    for name, (steps, flags) in variants(preset).items():
+        config, model = parse_settings([f"--preset={preset}", *flags]).merged()
         assert ((config, model) == whole) == (name == WHOLE), name
         assert config.max_iters == config.eval_interval == steps
         assert steps * config.batch_size == STEPS * whole[0].batch_size

@@ -29,7 +29,7 @@ import torch.distributed.fsdp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from gptcore import checkpoint, distributed, evaluation, log, machine, model, muon, step, trainer
+from gptcore import checkpoint, distributed, evaluation, log, machine, model, step, trainer
 from gptcore.config import ConfigError
 from kernels import attention_eager, layer_norm, rng
 
@@ -102,7 +102,6 @@ def rank_main(folder: Path, flags: list[str], rank: int, damage: str) -> int:
 
 def watch(seen: dict) -> None:
     """Note in `seen` what batches, masks and collectives of gradients there are."""
-    muon.multiplies_bfloat16 = lambda: False  # its roundings would hide those of the ranks
     draw = step.Step._batch
 
     def batch(self, key, first, rows):

@@ -10,7 +10,8 @@ from gptcore import memory, trainer
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, GPTConfig, TrainConfig
 from gptcore.memory import Need, device_bytes, fitting, need, parameter_count
-from gptcore.model import MODELS, build_model
+from gptcore.model import GPT, MODELS, build_model
+from gptcore.optim import hidden_matrices
 
 ADVICE = re.compile(r"--batch_size (\d+) --gradient_accumulation_steps (\d+)")
 
@@ -90,14 +91,16 @@ def test_what_does_not_depend_on_the_batch():
             config.replace(optimizer=optimizer), shape, kind, torch.float32
         ).fixed_bytes
         - tokens
-        for optimizer in ("adamw", "sgd", "muon")
+        for optimizer in ("adamw", "sgd")
         for kind in ("cpu", "cuda")
     }
     # Weights, gradients, moments; on the CPU the checkpoint's copies of all but the gradients.
     assert fixed[("adamw", "cuda")] == 16 * P and fixed[("adamw", "cpu")] == 28 * P
-    assert fixed[("muon", "cuda")] == 28 * P and fixed[("muon", "cpu")] == 36 * P
     assert fixed[("sgd", "cuda")] == 12 * P and fixed[("sgd", "cpu")] == 20 * P
     assert need(config, shape, "cuda", torch.bfloat16).fixed_bytes == 20 * P + tokens
+    M = sum(p.numel() for p, _ in hidden_matrices(GPT(shape)))
+    muon = need(config.replace(optimizer="muon"), shape, "cpu", torch.float32)
+    assert muon.fixed_bytes == 28 * P - 8 * M + tokens and muon.update_bytes == 20 * M
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -124,6 +127,10 @@ def test_fitting_keeps_the_whole_batch():
     assert fitting(48, 48, Need(100, 10, 4), 140) == 48  # cut into fours anyway
     assert fitting(48, 48, Need(100, 10, 4), 139) == 3
     assert Need(100, 10, 4).bytes(48) == 140
+    # An update needs its own when the sequences' is free.
+    assert Need(100, 10, 4, 35).bytes(3) == 135 and Need(100, 10, 4, 35).bytes(48) == 140
+    assert fitting(48, 48, Need(100, 10, 4, 35), 134) is None
+    assert fitting(48, 48, Need(100, 10, 4, 35), 135) == 3
 
 
 def test_free_memory_is_known_here(monkeypatch):

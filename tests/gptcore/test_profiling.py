@@ -234,6 +234,18 @@ def test_muons_products_are_the_optimizers():
     assert unaware[PRODUCTS] == pytest.approx(44 / 1e3)
 
 
+@pytest.mark.parametrize("begins", ["vectorized_gather_kernel", "vectorized_layer_norm_kernel"])
+def test_an_eager_step_is_not_muons(begins):
+    """Its attention and embedding have no names of ours."""
+    update = ("multi_tensor_apply_kernel<FusedAdam>", 1), ("nvjet", 2), ("multi_tensor_apply", 1)
+    step = ((begins, 3), ("sm90_xmma_gemm", 20), ("softmax_warp_forward", 5), *update)
+    seconds = of_gpu(kernels(*step * 3), muon=True)
+    expected = {OPTIMIZER: 12, PRODUCTS: 60, OTHER: 24}
+    assert {kind: seconds[kind] for kind in expected} == pytest.approx(
+        {kind: ms / 1e3 for kind, ms in expected.items()}
+    )
+
+
 def test_kernels_that_overlap_count_once():
     events = kernels(("sm90_gemm", 4), ("_embed_kernel", 4))
     for event, (start, end) in zip(events, [(0, 4e3), (1e3, 6e3)], strict=False):
