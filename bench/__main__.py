@@ -15,6 +15,7 @@ QUESTIONS = {  # name -> share of the time that all of them get
     "mlp": 25,
     "cross_entropy": 25,
     "embedding": 10,
+    "muon": 10,
     "kernels": 20,
     "step": 60,
     "generate": 15,

@@ -30,6 +30,7 @@ PEERS = {
     "compile": "torch.compile of eager, mode default and max-autotune",
     "mha": "nn.MultiheadAttention with a causal mask",
     "flex": "FlexAttention, compiled, causal block mask",
+    "torch": "torch.optim's own",
     "liger": "Liger-Kernel (pip install liger-kernel)",
     "transformers": "transformers' GPT-2 (pip install transformers)",
     "nanogpt": "nanoGPT's model.py, from --nanogpt DIR",

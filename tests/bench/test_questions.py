@@ -60,6 +60,19 @@ def test_an_op_is_checked_and_timed(name):
     assert "failed" not in status.values(), record["results"]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_update_is_checked_and_timed(monkeypatch, damaged):
+    from bench import muon
+
+    monkeypatch.setattr(muon, "SIZES", {"nanogpt-cpu": (1, 2, 16)})
+    if damaged:
+        monkeypatch.setattr("gptcore.muon.COEFFICIENTS", (3.4445, -4.7750, 2.04))
+    (case,) = muon.cases(OPTIONS)
+    record = run_case(case, OPTIONS, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
+    status = {result["name"]: result["status"] for result in record["results"]}
+    assert status == {OURS: "failed" if damaged else "timed", "torch": "timed"}
+
+
 def test_work_is_what_counting_by_hand_gives():
     """FLOPs, and bytes: elements of the tensors in the order of each docstring, times their size.
 
