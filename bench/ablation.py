@@ -3,7 +3,7 @@
 Question
     By how much does the loss at the end of a recipe change when one of its choices is taken back?
 Method
-    `python train.py --preset P --max_iters 320` with one choice replaced, the same seeds; a run of
+    `python train.py --preset P --max_iters 290` with one choice replaced, the same seeds; a run of
     the whole recipe and one of each variant in turns, seed after seed. Another batch size sees as
     many tokens in more or fewer steps. It is asked by name only: variants times seeds trainings.
 Formula
@@ -22,15 +22,19 @@ from gptcore.config import RunError
 from gptcore.flags import parse_settings
 
 WHOLE = "whole recipe"
-STEPS = 320
+STEPS = 290
 VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
     WHOLE: (),
-    "learned positions, no query-key norm": ("--position=learned", "--qk_norm=false"),
+    "learned positions": ("--position=learned", "--qk_norm=false"),
+    "query-key norm": ("--qk_norm=true",),
     "no query-key norm": ("--qk_norm=false",),
     "no token shift": ("--token_shift=false",),
     "ReLU^2": ("--activation=relu2",),
     "ReLU": ("--activation=relu",),
+    "tied head": ("--tied_head=true",),
     "untied head": ("--tied_head=false",),
+    "no biases": ("--bias=false", "--qkv_bias=false", "--head_bias=false"),
+    "no bias of queries, keys, values": ("--qkv_bias=false",),
     "biases": ("--bias=true", "--qkv_bias=true", "--head_bias=true"),
     "AdamW, rate 0.006, warm-up 80": (
         *("--optimizer=adamw", "--learning_rate=6e-3", "--warmup_iters=80"),
@@ -42,6 +46,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {  # what replaces a choice -> flags
     "momentum 0.95": ("--beta1=0.95",),
     "projections begun as in GPT-2": ("--init=gpt2",),
     "initial weights of 0.02": ("--init_std=0.02",),
+    "initial weights of 0.12": ("--init_std=0.12",),
     "no warm-up": ("--warmup_iters=0",),
     "dropout 0.1": ("--dropout=0.1",),
     "no weight decay": ("--weight_decay=0",),
@@ -54,11 +59,19 @@ RATES = {"half the learning rate": 0.5, "twice the learning rate": 2}
 
 
 def variants(preset: str) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """Steps and flags of every variant's runs, which are evaluated at their end."""
-    config, _ = parse_settings([f"--preset={preset}"]).merged()
+    """Steps and flags of every variant's runs, which are evaluated at their end.
+
+    What the preset has already is left out.
+    """
+    config, _ = whole = parse_settings([f"--preset={preset}"]).merged()
     rate, flags = config.learning_rate, dict(VARIANTS)
     flags["cosine to a tenth"] = "--schedule=cosine", f"--min_lr={rate / 10:g}"
     flags |= {name: (f"--learning_rate={rate * factor:g}",) for name, factor in RATES.items()}
+    flags = {
+        name: given
+        for name, given in flags.items()
+        if name == WHOLE or parse_settings([f"--preset={preset}", *given]).merged() != whole
+    }
     steps = dict.fromkeys(flags, STEPS)
     for name, factor in BATCHES.items():
         steps[name] = int(STEPS / factor)
