@@ -167,7 +167,7 @@ def watch(seen: dict) -> None:
             seen["step"], seen["rolled_back"] = run.step, run.rolled_back
             seen["learning_rate"] = run.config.learning_rate
             state = run.optimizer.state.values()
-            seen["updates"] = {int(slots["step"].item()) for slots in state}
+            seen["updates"] = {int(slots["step"].item()) for slots in state if "step" in slots}
             if run.world.parallel != "fsdp":
                 seen["weights"] = [p.detach().clone() for p in run.model.parameters()]
 
