@@ -18,7 +18,7 @@ from typing import Any
 from bench import render
 from bench.harness import Options, Skip
 from bench.time_to_loss import Run, gptcore_run, preset_of
-from gptcore.config import RunError
+from gptcore.config import GPTConfig, RunError
 from gptcore.flags import parse_settings
 
 WHOLE = "whole recipe"
@@ -63,14 +63,17 @@ def variants(preset: str) -> dict[str, tuple[int, tuple[str, ...]]]:
 
     What the preset has already is left out.
     """
-    config, _ = whole = parse_settings([f"--preset={preset}"]).merged()
+
+    def settings(*given):
+        config, fields = parse_settings([f"--preset={preset}", *given]).merged()
+        return config, GPTConfig(**fields)
+
+    config, _ = whole = settings()
     rate, flags = config.learning_rate, dict(VARIANTS)
     flags["cosine to a tenth"] = "--schedule=cosine", f"--min_lr={rate / 10:g}"
     flags |= {name: (f"--learning_rate={rate * factor:g}",) for name, factor in RATES.items()}
     flags = {
-        name: given
-        for name, given in flags.items()
-        if name == WHOLE or parse_settings([f"--preset={preset}", *given]).merged() != whole
+        name: given for name, given in flags.items() if name == WHOLE or settings(*given) != whole
     }
     steps = dict.fromkeys(flags, STEPS)
     for name, factor in BATCHES.items():

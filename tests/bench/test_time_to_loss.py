@@ -9,7 +9,7 @@ from bench import ablation, time_to_loss
 from bench.ablation import BATCHES, STEPS, VARIANTS, WHOLE, table, variants
 from bench.harness import OURS, Options, Skip
 from bench.run import broken
-from gptcore.config import ConfigError, RunError
+from gptcore.config import ConfigError, GPTConfig, RunError
 from gptcore.flags import parse_settings
 
 OPTIONS = Options(
@@ -247,9 +247,13 @@ def test_only_whole_runs_enter_the_ablation(monkeypatch):
 
 @pytest.mark.parametrize("preset", ["speedrun-cpu", "cpu", "speedrun", "best"])
 def test_every_variant_of_the_ablation_is_a_setting_the_preset_has_not(preset):
-    whole = parse_settings([f"--preset={preset}", *variants(preset)[WHOLE][1]]).merged()
+    def settings(flags):
+        config, fields = parse_settings([f"--preset={preset}", *flags]).merged()
+        return config, GPTConfig(**fields)
+
+    whole = settings(variants(preset)[WHOLE][1])
     for name, (steps, flags) in variants(preset).items():
-        config, model = parse_settings([f"--preset={preset}", *flags]).merged()
+        config, model = settings(flags)
         assert ((config, model) == whole) == (name == WHOLE), name
         assert config.max_iters == config.eval_interval == steps
         assert steps * config.batch_size == STEPS * whole[0].batch_size
