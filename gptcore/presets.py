@@ -162,8 +162,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "speedrun-cpu": {  # to nanoGPT's loss after its 2,000 steps on a CPU
         **_FAST_CPU,
         "learning_rate": 0.02,
-        "max_iters": 290,
-        "eval_interval": 290,
+        "max_iters": 350,
+        "eval_interval": 350,
         "sample_tokens": 0,
     },
 }
