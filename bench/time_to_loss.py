@@ -214,8 +214,9 @@ def nanogpt_run(options: Options, seed: int, flags: tuple[str, ...] = ()) -> Run
                     started = now if started is None else started
                     steps = int(match[1])
                     curve.append([now - started, float(match[3])])
-                    if curve[-1][1] <= target:
-                        break
+                # Its checkpoint is whole when it goes on after an evaluation, or ends.
+                elif line.startswith("iter") and curve and curve[-1][1] <= target:
+                    break
                 if curve and now - begun > allowed:
                     break
         finally:
