@@ -170,11 +170,14 @@ model = GPT(GPTConfig(**args))
 print("step 0: train loss 4.2000, val loss 4.3000")
 print("iter 0: loss 4.2000, time 1.00ms, mfu -100.00%")
 time.sleep(0.2)
+print("step 250: train loss 2.1000, val loss 2.2000")
+print("saving checkpoint to out-shakespeare-char")
+time.sleep(0.2)  # stopped now, it would leave half a file
 weights = {"_orig_mod." + name: w for name, w in model.state_dict().items()}
 Path("out-shakespeare-char").mkdir()
 torch.save({"model": weights, "model_args": args}, "out-shakespeare-char/ckpt.pt")
 torch.save(model.table.weight.detach(), SEEN + "/table")
-print("step 250: train loss 2.1000, val loss 2.2000")
+print("iter 250: loss 2.1000, time 1.00ms, mfu -100.00%")
 time.sleep(60)
 """
 
