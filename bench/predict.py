@@ -269,7 +269,7 @@ def assumptions(gpu: GPU, gpus: int, ring: float) -> list[str]:
         f"{gpu.bandwidth / 1e12:.2f} TB/s (one H200: 790 of 989, 4.3 of 4.8; square products, "
         f"{PRODUCT_EFFICIENCY:.0%} of that for the step's shapes)",
         f"the step is one CUDA graph: {KERNELS[0]} kernels a layer and {KERNELS[1]} more, "
-        f"{MUON_KERNELS} for Muon, {GRAPH_GAP_S * 1e6:g} us between two",
+        f"another {MUON_KERNELS} under Muon, {GRAPH_GAP_S * 1e6:g} us between two",
     ]
     if gpus > 1:
         lines.append(
