@@ -62,12 +62,14 @@ def _parser() -> Parser:
         + "\n".join(f"  {name:10} {what}" for name, what in TASKS.items()),
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="questions, or one task; default all")
+    add("names", nargs="*", metavar="NAME", help="questions, or one task; default all but ablation")
     add("--quick", action="store_true", help="about a minute: fewer shapes, no training runs")
     add("--full", action="store_true", help="every shape, as long as it takes")
-    add("--seconds", type=float, metavar="S", help=f"time for everything [{DEFAULT_SECONDS}]")
+    seconds = f"{DEFAULT_SECONDS}; --quick: {QUICK_SECONDS}"
+    add("--seconds", type=float, metavar="S", help=f"time for everything [{seconds}]")
     add("--device", metavar="D", help="auto, cpu, cuda, cuda:1, ... [auto]")
-    add("--dtype", metavar="T", help=f"{', '.join(DTYPES)} [bfloat16 on a GPU, else float32]")
+    dtypes = f"{', '.join(DTYPES)} [bfloat16 on a GPU, else float32; trainings choose]"
+    add("--dtype", metavar="T", help=dtypes)
     add("--json", metavar="FILE", help="write the record, raw samples included")
     add("--plot", metavar="DIR", help="write plots")
     add("--peers", nargs="+", metavar="P", help="all, none, or some; an unknown one lists them")

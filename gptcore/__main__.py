@@ -144,7 +144,8 @@ def _add_eval(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         default=None,
-        help="another text, all of it; default: what was held out of its own",
+        help="another text, all of it (of a folder prepared with --val, what was held out); "
+        "default: what was held out of its own",
     )
 
 
@@ -168,13 +169,14 @@ def evaluate(arguments) -> int:
             f"{checkpoint.folder} was not trained on {task.text.source}; leave --data out"
         )
     text = task.text if task else load_data(train.data)
-    own = text.sha256 == checkpoint.config.get("data", {}).get("sha256")
+    other = text.sha256 != checkpoint.config.get("data", {}).get("sha256")
+    other = other and arguments.data is not None
     corpus = task or Corpus.build(
         text,
         checkpoint.tokenizer,
-        val_fraction=train.val_fraction if own or arguments.data is None else 1.0,
+        val_fraction=1.0 if other else train.val_fraction,
         device=device,
-        eval_tokens=train.eval_tokens,
+        eval_tokens=None if other else train.eval_tokens,
     )
     if not task and len(corpus.val) < 2:
         raise ConfigError(f"--data {train.data}: at least two tokens are needed; got one")

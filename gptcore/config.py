@@ -147,7 +147,9 @@ class TrainConfig:
         0.1, "fraction of the text, at its end, held out for validation", above=0, below=1
     )
     vocab_multiple: int = _option(1, "vocabulary rounded up to a multiple of this", least=1)
-    model: str = _option("gpt", "gpt, or a rung of the naive ladder", choices=MODEL_NAMES)
+    model: str = _option(
+        "gpt", f"gpt, or of the naive ladder: {', '.join(MODEL_NAMES[1:])}", choices=MODEL_NAMES
+    )
     batch_size: int = _option(64, "sequences of one forward and backward", least=1)
     gradient_accumulation_steps: int = _option(1, "batches of one step", least=1)
     max_iters: int = _option(5000, "training steps", least=0)

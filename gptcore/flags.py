@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,11 +165,20 @@ def parse_settings(argv: Sequence[str] | None = None, prog: str = "train.py") ->
     return take_settings(vars(parser.parse_args(argv)))
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the flags of training; those not given leave no trace in the namespace."""
+def add_training_flags(
+    parser: argparse.ArgumentParser, helps: Mapping[str, str] = types.MappingProxyType({})
+) -> None:
+    """Give `parser` the flags of training; those not given leave no trace in the namespace.
+
+    Args:
+        helps: texts of settings that mean something else here; argparse.SUPPRESS hides a flag.
+    """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "%(prog)s [--FLAG VALUE ...]"
-    parser.epilog = "presets: auto, " + ", ".join(PRESETS)
+    parser.epilog = (
+        "[...] are the defaults where a preset sets nothing; what each sets: gptcore/presets.py\n"
+        f"presets: {', '.join(PRESETS)}; auto: notebook on a GPU, cpu without"
+    )
     parser.add_argument("--preset", default=None, help="where the settings start; default auto")
     parser.add_argument("--config", default=None, metavar="FILE.toml", help="settings, one a line")
     groups = (
@@ -180,13 +189,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for field in fields:
             optional = {"nargs": "?", "const": True} if bool in kinds_of(field) else {}
-            default = "" if field.default is None else f" [{field.default}]"
+            default = "" if field.default in (None, "") else f" [{field.default}]"
+            text = (field.metadata["help"] + default).replace("%", "%%")
             group.add_argument(
                 f"--{field.name}",
                 type=from_text(field),
                 default=argparse.SUPPRESS,
                 metavar="X",
-                help=(field.metadata["help"] + default).replace("%", "%%"),
+                help=helps.get(field.name, text),
                 **optional,
             )
 

@@ -9,6 +9,7 @@ arXiv:1506.01186; the tenth is fastai's).
 import csv
 import math
 import statistics
+from argparse import SUPPRESS
 from pathlib import Path
 
 from gptcore.config import ConfigError, RunError
@@ -21,6 +22,9 @@ SMOOTHING = 0.9  # of the exponential average
 # The loss has stopped falling where this part of its whole fall is left: in a flat valley, where
 # exactly its minimum lies is chance.
 LEVEL = 0.02
+# Settings of training that the test chooses, and those that say nothing to it.
+OWN = ("schedule", "learning_rate", "min_lr", "max_iters", "lr_decay_iters", "resume")
+REFUSED = ("profile", "on_nonfinite", "checkpoint_interval")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -29,7 +33,8 @@ def add_arguments(parser: Parser) -> None:
     add("--start_lr", type=float, default=1e-6, help="the first learning rate [1e-6]")
     add("--end_lr", type=float, default=1.0, help="the last learning rate [1]")
     add("--num_iter", type=int, default=200, help="steps from one to the other [200]")
-    add_training_flags(parser)
+    hidden = dict.fromkeys((*OWN, *REFUSED), SUPPRESS)
+    add_training_flags(parser, {"out_dir": "folder; default runs/lr_range-N", **hidden})
 
 
 def lr_range(arguments) -> int:
@@ -40,10 +45,10 @@ def lr_range(arguments) -> int:
         raise ConfigError(f"--start_lr must be above 0 and below --end_lr; got {start}, {end}")
     if steps < 10:
         raise ConfigError(f"--num_iter must be at least 10; got {steps}")
-    for name in ("schedule", "learning_rate", "min_lr", "max_iters", "lr_decay_iters", "resume"):
+    for name in OWN:
         if name in settings.given:
             raise ConfigError(f"lr_range sets {name} itself; leave --{name} out")
-    for name in ("profile", "on_nonfinite", "checkpoint_interval"):
+    for name in REFUSED:
         if name in settings.given:
             raise ConfigError(f"--{name} says nothing to lr_range; leave it out")
     settings.given.update(schedule="exponential", min_lr=start, learning_rate=end, max_iters=steps)

@@ -163,7 +163,8 @@ def add_arguments(parser: Parser) -> None:
         help="successive halving: the best of ETA trials go on ETA times as long [3]",
     )
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side on the device [1]")
-    add_training_flags(parser)
+    helps = {"out_dir": "the sweep's folder; default runs/sweep-N"}
+    add_training_flags(parser, helps | {"resume": "go on with the sweep in --out_dir"})
 
 
 def sweep(arguments) -> int:

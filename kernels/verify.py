@@ -148,8 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="all shapes")
     parser.add_argument("--self-test", action="store_true", help="damage ops, see it caught")
     parser.add_argument("--ops", nargs="+", metavar="OP", help=f"of {', '.join(known_ops)}")
-    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", default=list(checks.DTYPES))
-    parser.add_argument("--backend", nargs="+", metavar="B", default=["triton", "eager"])
+    dtypes, backends = list(checks.DTYPES), ["triton", "eager"]
+    known = f"of {', '.join(dtypes)}"
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", default=dtypes, help=known)
+    known = f"of {', '.join(backends)}"
+    parser.add_argument("--backend", nargs="+", metavar="B", default=backends, help=known)
     parser.add_argument("--seed", type=int, default=0, help="of inputs and drawn shapes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     options = parser.parse_args(arguments)

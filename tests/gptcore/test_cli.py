@@ -231,12 +231,18 @@ def test_eval_repeats_the_exact_loss(trained_run, tmp_path, capsys):
     fails(capsys, main, ["eval", str(trained_run), f"--data={other}"], "never seen")
 
 
-def test_eval_repeats_a_loss_in_bfloat16(train_main, tiny_flags, tmp_path, capsys):
-    folder = tmp_path / "run"
-    assert train_main([*tiny_flags, "--dtype=bfloat16", f"--out_dir={folder}"]) == 0
+def test_eval_repeats_a_loss_in_bfloat16_of_so_many_tokens(
+    train_main, tiny_flags, tmp_path, capsys
+):
+    folder, other = tmp_path / "run", tmp_path / "other.txt"
+    flags = ["--dtype=bfloat16", "--eval_tokens=64", f"--out_dir={folder}"]
+    assert train_main([*tiny_flags, *flags]) == 0
     said = re.search(r"exact validation loss (\S+) ", capsys.readouterr().out)[1]
     assert main(["eval", str(folder), "--checkpoint=last"]) == 0
     assert f"loss {said}, " in capsys.readouterr().out
+    other.write_text("the king" * 20)
+    assert main(["eval", str(folder), f"--data={other}"]) == 0
+    assert ", 159 targets" in capsys.readouterr().out  # all of another text
 
 
 def test_what_a_terminal_cannot_show_is_escaped(tiny_flags, tmp_path):

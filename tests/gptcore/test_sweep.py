@@ -470,6 +470,14 @@ def test_bad_range_tests(flags, message, tmp_path, capsys):
     assert not (tmp_path / "range").exists()
 
 
+def test_help_hides_what_a_range_test_refuses(capsys):
+    with pytest.raises(SystemExit):
+        main(["lr_range", "--help"])
+    shown = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert {"num_iter", "n_embd", "out_dir"} <= set(shown)
+    assert not set(shown) & {*lr_range.OWN, *lr_range.REFUSED}
+
+
 def test_a_range_test_that_learns_nothing(tiny_flags, tmp_path, capsys):
     flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
     flags += ["--num_iter=30", "--start_lr=1e-9", "--end_lr=1e-8", f"--out_dir={tmp_path / 'r'}"]
