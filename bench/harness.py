@@ -11,6 +11,7 @@ Speed is given against `OURS`: ratio > 1 means that a peer takes longer.
 
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -179,10 +180,9 @@ def check_tensors(
     measured = tuple({name: results[name] for name in names} for results in first)
     comparisons = hold_rule(measured, others) if ours else compare_all(*measured)
     allowed = [c.passed if ours else _within(c, PEER_RATIO) for c in comparisons]
-    worst = max(
-        max(c.error_rms / max(c.plain_rms, c.tiny_rms), c.error_max / max(c.plain_max, c.tiny_max))
-        for c in comparisons
-    )
+    ratios = [c.error_rms / max(c.plain_rms, c.tiny_rms) for c in comparisons]
+    ratios += [c.error_max / max(c.plain_max, c.tiny_max) for c in comparisons]
+    worst = max(ratios, key=lambda ratio: (math.isnan(ratio), ratio))
     failed = tuple(str(c) for c, ok in zip(comparisons, allowed, strict=True) if not ok)
     return Check(not failed, f"{worst:.2g}x plain", failed)
 

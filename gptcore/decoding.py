@@ -9,6 +9,7 @@ those of its tensors, cannot; it is the one difference to the plain loop of `gen
 difference of rounding.
 """
 
+import functools
 import weakref
 
 import torch
@@ -31,6 +32,7 @@ def plain_step(model, cache: KVCache):
     B, H, D, C = cache.keys.shape[1], config.n_head, config.D, (config.n_embd,)
     linear, norm, scale = F.linear, F.layer_norm, config.scale
     activate = ACTIVATION_MODULES[config.activation]().forward
+    rotate = functools.partial(rotary_qkv, normalize=config.qk_norm, backend=config.backend)
 
     def parameters(module):
         return module.weight, module.bias
@@ -58,7 +60,7 @@ def plain_step(model, cache: KVCache):
         for ln_1, qkv, proj, ln_2, mlp_in, mlp_out, pair in layers:
             y = linear(norm(x, C, *ln_1), *qkv).view(B, 1, 3, H, D)
             if angles is not None:
-                y = rotary_qkv(y, angles.table[t : t + 1], normalize=config.qk_norm)
+                y = rotate(y, angles.table[t : t + 1])
             q, kv = y.view(B, 3, H, 1, D).transpose(0, 1).split((1, 2))
             pair[:, :, :, t : t + 1] = kv
             k, v = pair[:, :, :, : t + 1]

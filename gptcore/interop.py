@@ -132,7 +132,8 @@ def load_nanogpt(path, **overrides) -> GPT:
     Raises: ConfigError if it is not such a file, or names or shapes do not fit.
     """
     content = _read_pickle(path)
-    if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
+    known = isinstance(content, dict) and {"model", "model_args"} <= content.keys()
+    if not known or not isinstance(content["model_args"], dict):
         raise ConfigError(f"{path}: not a checkpoint of nanoGPT, which holds model and model_args")
     found = {
         name.removeprefix("transformer."): tensor

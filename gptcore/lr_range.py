@@ -62,17 +62,13 @@ def lr_range(arguments) -> int:
         print("interrupted; nothing to go on with: give the command again, with another --out_dir")
         raise
     smooth = smoothed(losses)
-    with open(folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["learning_rate", "loss", "smoothed_loss"])
-        writer.writerows(zip(rates, losses, smooth, strict=True))
     limit = limit_of(rates, losses, smooth)
+    save(rates, losses, smooth, limit, folder)
     if limit is not None and smooth[-1] == min(smooth):
         raise RunError(
             f"the smoothed loss was still falling at the last learning rate, {rates[-1]:.2g}; give "
             "a higher --end_lr, or a larger --num_iter"
         )
-    plot(rates, losses, smooth, limit, folder / "lr_range.png")
     if limit is None:
         raise RunError(
             f"the smoothed loss never fell clearly below the first losses, see {folder}/"
@@ -91,24 +87,29 @@ def measure(settings) -> tuple[list[float], list[float]]:
 
     Raises: ConfigError on bad settings; RunError if the first steps already break.
     """
+    from gptcore import memory
     from gptcore.log import announce
     from gptcore.machine import matmul_rate
     from gptcore.optim import learning_rate
-    from gptcore.trainer import prepare, training_step
+    from gptcore.trainer import compiler_errors, prepare, torch_as_it_comes, training_step
 
-    run = prepare(settings)
-    announce(run, matmul_rate(run.device, run.update.dtype))
     rates, losses = [], []
-    while run.step < run.config.max_iters:
-        rate = learning_rate(run.step, run.config)
-        loss = training_step(run).item()
-        if not math.isfinite(loss):
-            break
-        rates.append(rate)
-        losses.append(loss)
-        smooth = smoothed(losses)
-        if smooth[-1] > DIVERGED * min(smooth):
-            break
+    with torch_as_it_comes(), compiler_errors():
+        run = prepare(settings)
+        update = run.update
+        announce(run, matmul_rate(run.device, update.dtype))
+        again = "the same command, with another --out_dir"
+        with memory.advised(run.config, run.model.config, run.device, update.dtype, again):
+            while run.step < run.config.max_iters:
+                rate = learning_rate(run.step, run.config)
+                loss = training_step(run).item()
+                if not math.isfinite(loss):
+                    break
+                rates.append(rate)
+                losses.append(loss)
+                smooth = smoothed(losses)
+                if smooth[-1] > DIVERGED * min(smooth):
+                    break
     if len(losses) < 10:
         raise RunError(f"the loss broke after {len(losses)} steps; give a lower --start_lr")
     return rates, losses
@@ -134,6 +135,21 @@ def limit_of(rates: list[float], losses: list[float], smooth: list[float]) -> fl
         return None
     level = lowest + LEVEL * (start - lowest)
     return next(rate for rate, loss in zip(rates, smooth, strict=True) if loss <= level)
+
+
+def save(rates, losses, smooth, limit: float | None, folder: Path) -> None:
+    """lr_range.csv and lr_range.png.
+
+    Raises: RunError if the disk refuses.
+    """
+    try:
+        with open(folder / "lr_range.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["learning_rate", "loss", "smoothed_loss"])
+            writer.writerows(zip(rates, losses, smooth, strict=True))
+        plot(rates, losses, smooth, limit, folder / "lr_range.png")
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def plot(rates, losses, smooth, limit: float | None, image: Path) -> None:

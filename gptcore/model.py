@@ -173,12 +173,14 @@ class GPT(nn.Module):
         """
         y = self.hidden(idx, key)
         head, backend = self.lm_head, self.config.backend
-        if targets is not None and not return_logits:
+        loss_alone = targets is not None and not return_logits
+        if loss_alone and type(head) is nn.Linear:  # what wraps it may compute something else
             return None, linear_cross_entropy(y, head.weight, head.bias, targets, backend=backend)
         logits = head(y)
         if targets is None:
             return logits, None
-        return logits, cross_entropy(logits, targets, backend=backend)
+        loss = cross_entropy(logits, targets, backend=backend)
+        return None if loss_alone else logits, loss
 
     def next_logits(self, idx, cache: KVCache | None = None):
         """Logits (B, V) of the token after idx (B, T); `hidden` explains the cache."""
@@ -289,7 +291,8 @@ class GPT(nn.Module):
     def _residual(self, linear, h, x, ln, p, key, layer, place):
         """LayerNorm(x + dropout(linear(h))) and the new residual stream, both (B, T, C)."""
         # Kernels return the gradient of a bias that they add themselves: one kernel less a GEMM.
-        fused = self.fuses_biases and resolve("GPT", self.config.backend, h) == "triton"
+        fused = self.fuses_biases and type(linear) is nn.Linear
+        fused = fused and resolve("GPT", self.config.backend, h) == "triton"
         return dropout_add_layer_norm(
             F.linear(h, linear.weight) if fused else linear(h),
             x,

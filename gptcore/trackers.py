@@ -25,7 +25,7 @@ def open_tracker(
     Args:
         folder: of the run; the tracker's files go into it.
         settings: shown beside the curves.
-        step: where the run goes on; what came after it before is forgotten.
+        step: where the run goes on; tensorboard forgets what came after it before.
     """
     if name == "none":
         return lambda record: None
@@ -62,8 +62,12 @@ def _wandb(folder: Path, settings: dict[str, Any], step: int):
         config=settings,
     )
 
+    # Steps as an axis of our own: wandb's only rises, and what came late would be dropped.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+
     def track(record):
-        run.log(_numbers(record), step=record["step"])
+        run.log({**_numbers(record), "step": record["step"]})
         if record["kind"] == "end":
             run.finish()
 

@@ -368,7 +368,7 @@ def train(settings: Settings) -> Path:
         gradient is not finite, as --on_nonfinite says, or the disk refuses; KeyboardInterrupt
         after saving, when interrupted.
     """
-    with _torch_as_it_comes(), _compiler_errors(), distributed.join(settings.given) as world:
+    with torch_as_it_comes(), compiler_errors(), distributed.join(settings.given) as world:
         run = prepare(settings, world)
         try:
             return _train(run)
@@ -378,7 +378,7 @@ def train(settings: Settings) -> Path:
 
 
 @contextlib.contextmanager
-def _torch_as_it_comes() -> Iterator[None]:
+def torch_as_it_comes() -> Iterator[None]:
     """float32 and gradients, whatever the caller has asked of torch."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -390,7 +390,7 @@ def _torch_as_it_comes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _compiler_errors() -> Iterator[None]:
+def compiler_errors() -> Iterator[None]:
     """What torch.compile cannot do, for want of a C++ compiler say, becomes one line."""
     try:
         yield

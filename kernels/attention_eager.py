@@ -95,7 +95,8 @@ class _Scratch:
 
 def above_diagonal(Tq, Tk, dtype, device):
     """(Tq, Tk), to be added to scores: -inf where a key comes after the query, else 0."""
-    make = _above_diagonal.__wrapped__ if faking() else _above_diagonal
+    cached = Tq * Tk <= BLOCK_ELEMENTS and not faking()  # a large one would be held for good
+    make = _above_diagonal if cached else _above_diagonal.__wrapped__
     return make(Tq, Tk, dtype, device)
 
 

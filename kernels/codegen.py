@@ -505,6 +505,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.check_known("--arch", options.arch or (), ARCHES)
     parser.check_known("--op", options.op or (), OPS)
     parser.check_known("--gpu", options.gpu or (), GPUS)
+    chosen = [GPUS[name].arch for name in options.gpu or ()]
+    if len(set(chosen)) < len(chosen):
+        parser.error("--gpu: one of each architecture; " + ", ".join(options.gpu))
     parser.check_writable(options.json)
     earlier = _read_rows(parser, options.diff) if options.diff else None
     if not backend.HAS_TRITON:
@@ -516,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.arch:
         arches = options.arch
     elif options.gpu:
-        arches = list(dict.fromkeys(GPUS[name].arch for name in options.gpu))
+        arches = chosen
     else:
         arches = [arch for arch in ARCHES if any(arch in case.arches for case in CASES)]
     cases = [case for case in CASES if not options.op or case.op in options.op]

@@ -11,6 +11,7 @@ Sources
 Links: NVLink 3, 4, 5 (half of 600, 900, 1800 GB/s), seven xGMI links of 64 GB/s, PCIe 4.0 x16.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -81,8 +82,10 @@ GPUS = {
 
 def product(device_name: str) -> str:
     """The key of GPUS that a driver's name of a device means, e.g. "NVIDIA H200"; else the name."""
-    plain = device_name.replace(" ", "")
-    return next((name for name in GPUS if name in plain), device_name)
+    for name in GPUS:
+        if re.search(rf"\b{re.sub('(?<=[A-Z])(?=[0-9])', ' ?', name)}\b", device_name):
+            return name
+    return device_name
 
 
 def occupancy(

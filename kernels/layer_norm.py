@@ -24,14 +24,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # ---------------------------------------------------------------------------------------- eager
 
 
-def dropout_rows(x, dropout_p, key, site):
-    """x (..., C) with the mask of DESIGN: plane 0, row = flattened leading index, col = channel."""
-    keep = keep_rows(key, site, x.shape, dropout_p)
-    return torch.where(keep, x, 0.0) * dropout_scale(dropout_p)
-
-
 def keep_rows(key, site: int, shape, dropout_p: float) -> torch.Tensor:
-    """The mask, bool of `shape` (..., C), of activations that start at sequence key[2]."""
+    """The mask, bool of `shape` (..., C), of activations that start at sequence key[2].
+
+    Plane 0, row = flattened leading index, column = channel.
+    """
     if torch.compiler.is_compiling():
         return _keep_rows_op(key, site, shape, dropout_p)
     rows = torch.arange(shape[:-1].numel(), device=key.device)
@@ -69,7 +66,7 @@ class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (keep,), scale = ctx.saved_tensors, ctx.scale
-        if keep.numel() <= _DropoutAdd.BLOCK_ELEMENTS:
+        if keep.numel() <= _DropoutAdd.BLOCK_ELEMENTS or torch.is_grad_enabled():
             dx = (gradient * keep).mul_(scale)
         else:
             dx = torch.empty(keep.shape, dtype=gradient.dtype, device=gradient.device)

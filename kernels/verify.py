@@ -51,6 +51,12 @@ GPU_WORKERS, WORKER_BYTES = 8, 4 << 30
 PLUGINS = ("gptcore.verification",)
 
 
+def _badness(figures: tuple[float, float, float]) -> tuple[bool, float]:
+    """What tells the worst of several (error, plain, allowed): NaN, then the largest share."""
+    error, _, allowed = figures
+    return math.isnan(error), error / allowed
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Errors of one tensor against float64, of the op and of plain PyTorch in the same dtype."""
@@ -84,7 +90,7 @@ class Comparison:
             (self.error_max, self.plain_max, ALLOWED_RATIO * self.plain_max + self.tiny_max),
             (self.error_rms, self.plain_rms, ALLOWED_RATIO * self.plain_rms + self.tiny_rms),
         )
-        return max(norms, key=lambda norm: (math.isnan(norm[0]), norm[0] / norm[2]))
+        return max(norms, key=_badness)
 
     def __str__(self) -> str:
         return (
@@ -278,7 +284,7 @@ def _print_op(op: str, results: Sequence) -> None:
     accuracy = [result for result in results if result.check == "accuracy"]
     rows = []
     for result in accuracy:
-        worst = max(result.comparisons, key=lambda c: c.figures[0] / c.figures[2])
+        worst = max(result.comparisons, key=lambda c: _badness(c.figures))
         error, plain, allowed = worst.figures
         ratios = [f"{e / plain:.2f}" if plain else "" for e in (error, allowed)]
         verdict = "pass" if result.passed else "FAIL"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 
 import pytest
@@ -325,6 +326,14 @@ def test_a_peer_with_its_own_weights_is_compared_where_names_agree():
     plain = {name: tensor.float() for name, tensor in exact.items()}
     check = check_tensors({"o0": torch.ones(20), "dother": None}, plain, exact, ours=False)
     assert check.passed
+
+
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_what_is_not_a_number_is_reported(name):
+    exact = {"first": torch.ones(3, dtype=torch.float64), "last": torch.ones(3).double()}
+    plain = {name: tensor.float() for name, tensor in exact.items()}
+    check = check_tensors(plain | {name: plain[name] * math.nan}, plain, exact, ours=True)
+    assert not check.passed and check.text == "nanx plain"
 
 
 def test_sweeps_share_the_point_in_their_middle():

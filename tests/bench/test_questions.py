@@ -342,6 +342,8 @@ def test_the_profiler_times_a_launch(device):
         ("NVIDIA GeForce RTX 4090", "RTX4090"),
         ("AMD Instinct MI300X", "MI300X"),
         ("NVIDIA L4", "NVIDIA L4"),
+        ("NVIDIA GH200 480GB", "NVIDIA GH200 480GB"),
+        ("NVIDIA RTX A1000", "NVIDIA RTX A1000"),
     ],
 )
 def test_a_driver_s_name_means_a_product(name, known):

@@ -316,11 +316,14 @@ def test_tensorboard_gets_what_metrics_get(tiny_flags, tmp_path):
 
 def test_wandb_gets_what_metrics_get(tiny_flags, tmp_path, monkeypatch):
     """Against a stand-in that notes the calls."""
-    calls = []
+    calls, axes = [], {}
 
     class Run:
-        def log(self, values, step):
-            calls.append((step, values))
+        def define_metric(self, name, step_metric=None):
+            axes[name] = step_metric
+
+        def log(self, values):
+            calls.append((values.pop("step"), values))
 
         def finish(self):
             calls.append("finished")
@@ -333,6 +336,7 @@ def test_wandb_gets_what_metrics_get(tiny_flags, tmp_path, monkeypatch):
     train(parse_settings([*tiny_flags, f"--out_dir={folder}", "--log=wandb"]))
     assert calls[0]["config"]["n_embd"] == 16 and calls[0]["name"] == "run"
     assert calls[-1] == "finished"
+    assert axes == {"step": None, "*": "step"}  # a spike may come after later steps
     records = read_metrics(folder / "metrics.jsonl")
     assert [call[0] for call in calls[1:-1]] == [record["step"] for record in records]
     assert calls[1][1]["eval/val_loss"] == records[0]["val_loss"]

@@ -249,6 +249,19 @@ def test_stop_looks_at_generated_tokens_only(pair):
     assert generate(gpt, [[1], long], stop=[5, 6], **options)[1].tolist() == alone
 
 
+def test_a_token_takes_the_model_s_backend(monkeypatch):
+    asked = []
+
+    def rotary_qkv(*args, **options):
+        asked.append(options.get("backend"))
+        return rotate(*args, **options)
+
+    rotate = decoding.rotary_qkv
+    monkeypatch.setattr(decoding, "rotary_qkv", rotary_qkv)
+    generate(GPT(TINY.replace(position="rotary")), [[1]], max_new_tokens=3)
+    assert asked and set(asked) == {"eager"}
+
+
 class LowRank(torch.nn.Module):
     """A LoRA wrapper, with a `weight` that does not say what it computes."""
 

@@ -314,6 +314,7 @@ def test_nanogpt_refusals(tmp_path):
     path, state = tmp_path / "ckpt.pt", nanogpt_state(True)
     for changes, message in (
         ({"model_args": {"n_layer": L}}, "lacks block_size, vocab_size, n_head, n_embd"),
+        ({"model_args": 5}, "not a checkpoint of nanoGPT"),
         ({"model": {}}, "lacks wte.weight"),
         ({"model": state | {"transformer.h.0.x": torch.zeros(1)}}, "unknown h.0.x"),
     ):

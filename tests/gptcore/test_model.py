@@ -155,6 +155,39 @@ def test_return_logits_false_gives_the_same_loss_and_gradients():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-13)
 
 
+class Doubled(torch.nn.Module):
+    """As LoRA does: its weight is not all that it computes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("name", ["lm_head", "proj", "mlp_out"])
+def test_training_heeds_what_wraps_a_module(backend, name, device):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="runs Triton kernels")
+    torch.manual_seed(0)
+    gpt = GPT(BASE.replace(backend=backend)).to(device).eval()
+    idx = tokens(BASE, 2, 9)[0].to(device)
+    owner = gpt if name == "lm_head" else gpt.blocks[0]
+    setattr(owner, name, Doubled(getattr(owner, name)))
+    logits, loss = gpt(idx, idx)
+    none, alone = gpt(idx, idx, return_logits=False)
+    assert none is None
+    torch.testing.assert_close(alone, loss)
+    with torch.no_grad():  # what it wraps, doubled for good, is the same model
+        wrapped = getattr(owner, name).linear
+        wrapped.weight.mul_(2)
+        wrapped.bias.mul_(2)
+        setattr(owner, name, wrapped)
+        torch.testing.assert_close(gpt(idx, idx)[0], logits)
+
+
 def test_masks_depend_on_the_key_and_only_on_it():
     _, gpt = equivalent_pair(BASE.replace(dropout=0.2))
     idx, targets = tokens(BASE, 2, 9)

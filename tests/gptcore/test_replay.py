@@ -1,5 +1,8 @@
 """Updates replayed as a list of ops: the bits of eager ones, and seen where they are not."""
 
+import contextlib
+import math
+
 import pytest
 import torch
 
@@ -83,6 +86,26 @@ def test_a_parameter_without_a_gradient_has_none():
         assert none is None and torch.equal(found, expected)
         assert torch.equal(gradient, torch.autograd.grad(expected, weight)[0])
     assert "aten.sigmoid" in replay.source and "aten.detach" not in replay.source
+
+
+@pytest.mark.parametrize(
+    ("replayed", "computed", "same"),
+    [
+        ([1.0, math.nan], [1.0, math.nan], True),
+        ([1.0, math.nan], [1.0, 0.0], False),
+        ([math.inf], [torch.finfo(torch.float32).max], False),
+        ([1.0], [1.0 + 2**-23], False),
+        ([1.0], None, False),
+    ],
+)
+def test_a_proof_wants_all_bits(replayed, computed, same):
+    loss, weight = torch.tensor(1.0), torch.nn.Parameter(torch.ones(3))
+    draw = torch.zeros(3, dtype=torch.long), torch.zeros(3), make_key(0)
+    replay, _, _ = Replay.record(lambda i, t, k: (None, weight[i].sum()), [weight], *draw)
+    computed = computed if computed is None else torch.tensor(computed)
+    with contextlib.nullcontext() if same else pytest.raises(RuntimeError, match="another"):
+        replay.prove(loss, [torch.tensor(replayed)], loss, [computed])
+    assert replay.proven == same
 
 
 def test_what_depends_on_a_number_is_seen(prepared, monkeypatch):

@@ -506,6 +506,26 @@ def test_a_range_test_that_is_terminated(tiny_flags, tmp_path, monkeypatch, caps
     assert out.splitlines()[-1].startswith("interrupted; nothing to go on with") and not error
 
 
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        ("gptcore.trainer.training_step", MemoryError(), "out of memory with batch_size 16: give"),
+        ("gptcore.lr_range.plot", OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_a_range_test_that_lacks_something(
+    where, error, message, tiny_flags, tmp_path, monkeypatch, capsys
+):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(where, refuse)
+    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
+    assert main(["lr_range", *flags, "--num_iter=10", f"--out_dir={tmp_path / 'r'}"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and message in said
+
+
 def test_a_range_test_that_breaks_at_once(tiny_flags, tmp_path, monkeypatch):
     import torch
 

@@ -586,6 +586,12 @@ def test_masks_made_for_one_call_fit_the_next(monkeypatch):
         assert gradient(*fake).shape == expected.shape
 
 
+def test_a_large_mask_is_not_kept():
+    before = attention_eager._above_diagonal.cache_info().currsize
+    attention_eager.above_diagonal(1 << 10, 1 << 11, torch.float32, torch.device("cpu"))
+    assert attention_eager._above_diagonal.cache_info().currsize == before
+
+
 # Damage: each must turn the 2x rule red ---------------------------------------------------------
 
 DAMAGES = {

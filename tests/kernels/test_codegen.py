@@ -396,6 +396,7 @@ def gram_threads(arch):
         (["--op", "attention"], "causal_attention"),
         (["--arch", "sm_91"], "sm_100"),
         (["--gpu", "H20"], "H200"),
+        (["--gpu", "H100", "A100", "H200"], "one of each architecture"),
         (["--diff", "no such file"], "--diff"),
         (["--json", "no/such/folder/file.json"], "writable"),
         (["--frobnicate"], "--frobnicate"),

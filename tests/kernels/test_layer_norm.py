@@ -367,6 +367,17 @@ def test_gradcheck_of_the_eager_version():
         )
 
 
+@pytest.mark.parametrize("rows", (3, 5000))
+def test_the_eager_version_has_second_derivatives_at_any_size(rows):
+    """What is computed in blocks, too."""
+    x = torch.randn(rows, 64, dtype=torch.float64, requires_grad=True)
+    weight, residual = torch.ones(64, dtype=torch.float64), torch.randn(rows, 64).double()
+    y, _ = dropout_add_layer_norm(x, residual, weight, dropout_p=0.4, key=make_key(1, 2))
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(dx.square().sum(), x)
+    assert second.isfinite().all() and second.any()
+
+
 @pytest.mark.parametrize("dropout_p", (0.0, 0.4), ids="p{}".format)
 def test_torch_func(dropout_p):
     x, residual, weight = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5)

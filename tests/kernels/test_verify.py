@@ -312,6 +312,18 @@ def test_the_command_interprets_by_itself_and_writes_json(tmp_path):
     assert all(0 <= c["error_max"] < 1e-5 for row in accuracy for c in row["comparisons"])
 
 
+def test_the_row_of_an_op_shows_its_worst_tensor(capsys):
+    def result(*errors):
+        comparisons = [Comparison(n, e, e, 1.0, 1.0, 0.1, 0.1) for n, e in errors]
+        return checks.Result("op", "case", "float32", "eager", "accuracy", False, "", comparisons)
+
+    for errors in ([("y", 1.0), ("dx", 3.0)], [("y", 1.0), ("dx", math.nan)]):
+        for order in (errors, errors[::-1]):
+            verify._print_op("op", [result(*order)])
+            (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("eager"))
+            assert " dx " in row
+
+
 def test_a_failure_is_exit_code_1(monkeypatch, capsys):
     def damaged(x, weight, bias=None, **options):
         return x * weight if bias is None else x * weight + bias
