@@ -188,7 +188,9 @@ def cases(options: Options) -> list[Case]:
             **rest,
         )
 
-    def layer(B, T, phase, H=6, D=64, **rest):
+    def layer(B, T, phase, **rest):
+        H, D = 6, 64
+
         def inputs(generator):
             C = H * D
             draw = functools.partial(random_normal, generator, dtype=options.dtype)

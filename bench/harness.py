@@ -127,7 +127,6 @@ class Bound:
 
     forward: Callable[[], Any]
     leaves: Tensors
-    tensors: Callable[[], Tensors] | None = None  # more to check, e.g. repacked gradients
 
 
 def named_results(bound: Bound, gradients: list[torch.Tensor]) -> Tensors:

@@ -17,12 +17,7 @@ import torch.nn.functional as F
 from bench.harness import Case, Options, Work
 from bench.ops import PHASES, TRAINING, Op, op_case, random_normal, sweep_points
 from kernels import linear_act
-
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": functools.partial(F.gelu, approximate="tanh"),
-    "relu2": lambda y: F.relu(y).square(),
-}
+from kernels.problems import plain_activation
 
 
 def mlp_work(B, T, C, itemsize: int, phase: str) -> Work:
@@ -48,7 +43,7 @@ def cases(options: Options) -> list[Case]:
             }
 
         def plain(x, p, key):
-            return ACTIVATIONS[activation](F.linear(x["x"], x["weight"], x["bias"]))
+            return plain_activation(F.linear(x["x"], x["weight"], x["bias"]), activation)
 
         def ours(x, p, key):
             return linear_act(x["x"], x["weight"], x["bias"], activation=activation)

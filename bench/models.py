@@ -18,7 +18,7 @@ from bench import peers
 from bench.harness import Options, Tensors
 from gptcore.config import GPTConfig, TrainConfig
 from gptcore.model import GPT
-from gptcore.naive import NaiveGPT
+from gptcore.naive import ACTIVATION_MODULES, NaiveGPT
 
 
 def autocast(model: nn.Module, dtype: torch.dtype):
@@ -45,6 +45,10 @@ GPT2_WIRING = NANOGPT_WIRING | {"bias": True, "qkv_bias": True}
 class BatchedGPT(GPT):
     """The textbook batched GPT on gptcore's parameters: SDPA, F.dropout, F.layer_norm."""
 
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.activation = ACTIVATION_MODULES[config.activation]()
+
     def forward(self, idx, targets=None, key=None):
         """idx, targets (B, T) -> logits (B, T, V), loss."""
         config, T = self.config, idx.shape[1]
@@ -58,20 +62,12 @@ class BatchedGPT(GPT):
                 q, k, v, is_causal=True, scale=config.scale, dropout_p=p
             )
             x = x + F.dropout(block.proj(o.transpose(1, 2).flatten(-2)), p)
-            h = _ACTIVATIONS[config.activation](block.mlp_in(block.ln_2(x)))
+            h = self.activation(block.mlp_in(block.ln_2(x)))
             x = x + F.dropout(block.mlp_out(h), p)
         logits = self.lm_head(self.ln_f(x))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
-
-
-_ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
-    "gelu_erf": F.gelu,
-}
 
 
 def meta(config: GPTConfig) -> GPT:

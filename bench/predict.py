@@ -25,8 +25,7 @@ from gptcore.config import ConfigError, GPTConfig, TrainConfig
 from gptcore.flags import split_fields
 from gptcore.model import GPT
 from gptcore.presets import PRESETS
-from gptcore.roofline import ATTENTION, OPTIMIZER, OTHER, PRODUCTS, work_of
-from gptcore.trainer import flops_per_step
+from gptcore.roofline import ATTENTION, OPTIMIZER, OTHER, PRODUCTS, model_flops, work_of
 from kernels.budgets import CASES, Case
 from kernels.gpus import GPU, GPUS
 
@@ -225,7 +224,8 @@ def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
     found["all-reduce not hidden"] = max(0.0, ring - BACKWARD_SHARE * last)
     step = sum(found.values())
     tokens = train.sequences * T * gpus
-    mfu = flops_per_step(built, train.sequences) / step / chosen.tensor_rate["bfloat16"]
+    flops = sum(model_flops(built, train.sequences).values())
+    mfu = flops / step / chosen.tensor_rate["bfloat16"]
 
     print(
         f"{model} ({parameters:,} parameters) on {gpus} x {chosen.name}: "

@@ -64,18 +64,18 @@ def cpu_name() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def revision(folder: Path = ROOT) -> dict[str, Any]:
-    """The git revision of `folder` and whether its tracked files differ from it."""
+def revision() -> dict[str, Any]:
+    """The git revision of this tree and whether its tracked files differ from it."""
     try:
-        head = _git(folder, "rev-parse", "HEAD")
-        dirty = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+        head = _git("rev-parse", "HEAD")
+        dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return {"revision": None, "dirty": None}
     return {"revision": head, "dirty": dirty}
 
 
-def _git(folder: Path, *args: str) -> str:
-    command = ["git", "-C", str(folder), *args]
+def _git(*args: str) -> str:
+    command = ["git", "-C", str(ROOT), *args]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

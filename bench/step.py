@@ -36,7 +36,7 @@ from bench.timing import SelfTimed
 from bench.worker import worker_of
 from gptcore.config import GPTConfig, TrainConfig
 from gptcore.flags import Settings
-from gptcore.trainer import flops_per_step
+from gptcore.roofline import model_flops
 from kernels.checks import Measured, draws_of
 from kernels.rng import make_key
 
@@ -166,18 +166,17 @@ class _Bench:
         others = (measured(self.train.seed + i) for i in range(1, draws_of(first[0])))
         return check_tensors(*first, ours=ours, others=others)
 
-    def adamw(self, model: torch.nn.Module, **extra) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            model.parameters(),
-            lr=self.train.learning_rate,
-            betas=(self.train.beta1, self.train.beta2),
-            weight_decay=self.train.weight_decay,
-            **extra,
-        )
-
     def step(self, model, batch, forward=None) -> Callable[[], None]:
-        clip, dtype = self.train.grad_clip, self.options.dtype
-        optimizer = self.adamw(model, fused=True)
+        """`plain_step` under a fused AdamW."""
+        train, dtype = self.train, self.options.dtype
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=train.learning_rate,
+            betas=(train.beta1, train.beta2),
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        clip = train.grad_clip
         return models.plain_step(model, optimizer, batch, dtype, grad_clip=clip, forward=forward)
 
 
@@ -271,7 +270,8 @@ def step_case(size: Size, options: Options, *, only: tuple[str, ...] | None = No
     """The case of one size; `only` these peers may compete."""
     train, config = size.configs(options)
     B, T, model = train.sequences, config.block_size, models.meta(config)
-    work = Work(flops_per_step(model, B), ADAMW_BYTES * model.num_parameters(), B * T)
+    flops = sum(model_flops(model, B).values())
+    work = Work(flops, ADAMW_BYTES * model.num_parameters(), B * T)
     shape = {
         "B": B,
         "T": T,

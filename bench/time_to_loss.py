@@ -107,9 +107,7 @@ def train_command(
     return [*command, *flags]
 
 
-def follow(
-    metrics: Path, process: subprocess.Popen, seconds: float, pause: float = 0.05
-) -> Iterator[Run]:
+def follow(metrics: Path, process: subprocess.Popen, seconds: float) -> Iterator[Run]:
     """The evaluations of a run, as they are written, until its process or the time ends."""
     from gptcore.log import read_metrics
 
@@ -121,7 +119,7 @@ def follow(
         seen = len(evaluations)
         if ended:
             return
-        time.sleep(pause)
+        time.sleep(0.05)
 
 
 def gptcore_run(

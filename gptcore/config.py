@@ -212,10 +212,12 @@ class TrainConfig:
     )
     eval_tokens: int = _option(
         2**20,
-        "most of validation in exact mode; of more, windows spread evenly",
+        "exact mode evaluates at most so many validation tokens; of more, windows spread evenly",
         least=1,
     )
-    eval_iters: int = _option(200, "batches of a sampled loss (in exact mode: training)", least=1)
+    eval_iters: int = _option(
+        200, "batches of each sampled loss; in exact mode, of the training loss", least=1
+    )
     checkpoint_interval: int | None = _option(
         None, "steps between saves of last/; default eval_interval", least=1
     )

@@ -155,12 +155,12 @@ def from_text(field: dataclasses.Field) -> Callable[[str], Any]:
     return read
 
 
-def parse_settings(argv: Sequence[str] | None = None, prog: str = "train.py") -> Settings:
+def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read the flags of training and the TOML file they may name.
 
     Raises: ConfigError on unknown flags, keys, presets or values of the wrong type.
     """
-    parser = Parser(prog=prog, description="Train a GPT on a text.")
+    parser = Parser(prog="train.py", description="Train a GPT on a text.")
     add_training_flags(parser)
     return take_settings(vars(parser.parse_args(argv)))
 

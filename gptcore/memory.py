@@ -34,7 +34,7 @@ from gptcore.model import build_model
 from gptcore.step import largest_micro_batch, may_be_half
 from kernels.cross_entropy import CHUNK_BYTES
 
-TOLERANCE = 0.75  # of the estimate must not fit before a run is refused for it
+TOLERANCE = 0.75  # a run is refused only if so much of its estimate does not fit
 DRAWN_TOKEN_BYTES = 112  # peak of generation.uniforms on a CPU, the words of Philox above all
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
 

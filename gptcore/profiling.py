@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,8 +92,8 @@ def watch(run: Run, log: Log, matmul_rate: float) -> Iterator[None]:
     copy_rate = machine.copy_rate(run.device)
     activity = ProfilerActivity.CUDA if run.device.type == "cuda" else ProfilerActivity.CPU
 
-    def steps(count: int) -> Iterator[None]:
-        """Seconds of each of the next `count` steps."""
+    def steps(count: int) -> Generator[None, None, float]:
+        """Advanced after every step; returns the mean seconds of the next `count`."""
         machine.synchronize(run.device)
         start = time.perf_counter()
         for _ in range(count):

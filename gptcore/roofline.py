@@ -13,6 +13,8 @@ from torch import nn
 
 from gptcore import muon
 from gptcore.config import TrainConfig
+from gptcore.model import GPT
+from gptcore.naive import NaiveGPT
 from gptcore.optim import hidden_matrices
 
 PRODUCTS, ATTENTION, OTHER = "matrix products", "attention", "other kernels"
@@ -102,6 +104,29 @@ class Profile:
         figure.savefig(image, dpi=120)
 
 
+def model_flops(model: nn.Module, sequences: int) -> dict[str, float]:
+    """Of forward and backward: 6 per weight and token in matrix products, and causal attention.
+
+    Attention multiplies each of T queries by (T + 1) / 2 keys on average, twice (scores, values).
+    """
+    T, heads = model.config.block_size, _heads(model)
+    weights = sum(linear.weight.numel() for linear in _linears(model))
+    return {
+        PRODUCTS: 6.0 * sequences * T * weights,
+        ATTENTION: 6.0 * sequences * T * heads * (T + 1),
+    }
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def _heads(model: nn.Module) -> int:
+    """Channels of the heads of all layers together."""
+    config = model.config
+    return config.n_layer * config.n_head * config.D if isinstance(model, (GPT, NaiveGPT)) else 0
+
+
 def work_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> dict[str, Work]:
     """Model FLOPs and least bytes of a step by kind; activations have `dtype`.
 
@@ -114,24 +139,24 @@ def work_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> dict[s
     shape, size = model.config, dtype.itemsize
     T, C = shape.block_size, shape.n_embd
     tokens = config.sequences * T
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linears, heads = _linears(model), _heads(model)
+    layers = shape.n_layer if heads else 0
     weights = sum(linear.weight.numel() for linear in linears)
     ends = sum(linear.in_features + linear.out_features for linear in linears)
     products = 3 * size * (tokens * ends + config.gradient_accumulation_steps * weights)
-    layers = shape.n_layer if config.model in ("gpt", "naive") else 0
-    heads = layers * shape.n_head * shape.D
     rotation = (15 if shape.qk_norm else 12) * heads * (shape.position == "rotary")
     numbers = tokens * ((30 * layers + 7) * C + rotation + 2 * shape.vocab_size)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     matrices = hidden_matrices(model) if config.optimizer == "muon" else []
     lighter = parameters if config.optimizer == "sgd" else sum(p.numel() for p, _ in matrices)
     update = parameters * (28 + 4 + 12 * (dtype != torch.float32)) - 8 * lighter
-    flops = update / 4 + muon.flops(matrices)
+    update_flops = update / 4 + muon.flops(matrices)
+    flops = model_flops(model, config.sequences)
     return {
-        PRODUCTS: Work(6 * tokens * weights, products),
-        ATTENTION: Work(6 * tokens * heads * (T + 1), 12 * size * tokens * heads),
+        PRODUCTS: Work(flops[PRODUCTS], products),
+        ATTENTION: Work(flops[ATTENTION], 12 * size * tokens * heads),
         OTHER: Work(numbers, size * numbers),
-        OPTIMIZER: Work(flops, update),
+        OPTIMIZER: Work(update_flops, update),
         DATA: Work(0, 20 * tokens),  # two tokens of 2 bytes are read, of 8 written
         GAPS: Work(),
     }

@@ -343,8 +343,6 @@ def eager_reason(
         if tokens * widest > REPLAY_ELEMENTS:
             return "the ops of a model this large outlast Python's part in them"
         return None
-    if device.type != "cuda":
-        return f"a {device.type.upper()} has no CUDA graphs"
     if config.optimizer == "sgd":
         return "--optimizer sgd reads its learning rate on the host"
     if config.cycle_momentum and config.schedule in ("cyclic", "onecycle"):

@@ -242,10 +242,10 @@ class Arithmetic:
             f"{self.operations}, not dividing by 0, such as {self.example()}; got {question!r}"
         )
 
-    def answers(self, model, count: int = 5) -> Iterator[str]:
-        """Yield what `model` answers to `count` held-out questions, and what is right."""
+    def answers(self, model) -> Iterator[str]:
+        """Yield what `model` answers to five held-out questions, and what is right."""
         key = make_key(0, 0, 0, self.device)
-        idx, targets = self.batch(key, count, self.width - 1, split="val", site=SITE_EVALUATION)
+        idx, targets = self.batch(key, 5, self.width - 1, split="val", site=SITE_EVALUATION)
         right = torch.cat((idx, targets[:, -1:].clamp(min=0)), 1)
         for row, expected in zip(self.solve(model, idx[:, : self.question]), right, strict=True):
             row, expected = (

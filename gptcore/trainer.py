@@ -47,11 +47,11 @@ from gptcore.files import replace_text
 from gptcore.flags import Settings
 from gptcore.generation import generate
 from gptcore.log import Log, announce, looks_after, resume_command, trim_metrics
-from gptcore.model import GPT, build_model
-from gptcore.naive import NaiveGPT
+from gptcore.model import build_model
 from gptcore.optim import make_optimizer
 from gptcore.recovery import look, recover
 from gptcore.resume import begun_settings, checkpoint_to_resume, resumed_settings
+from gptcore.roofline import model_flops
 from gptcore.step import Step, pick_dtype
 from gptcore.tasks import Arithmetic, task_of
 from gptcore.trackers import check_tracker
@@ -409,7 +409,8 @@ def _train(run: Run) -> Path:
     config = run.config
     rate = machine.matmul_rate(run.device, run.update.dtype)
     announce(run, rate)
-    log = Log(run, flops_per_step(run.model, config.sequences) / (rate * run.world.size))
+    flops = sum(model_flops(run.model, config.sequences).values())
+    log = Log(run, flops / (rate * run.world.size))
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
     evaluation = None
     advised = memory.advised(
@@ -544,16 +545,3 @@ def _stop_on_signals(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def flops_per_step(model: nn.Module, sequences: int) -> float:
-    """Of forward and backward: 6 per weight and token in matrix products, and causal attention.
-
-    Attention multiplies each of T queries by (T + 1) / 2 keys on average, twice (scores, values).
-    """
-    config = model.config
-    T = config.block_size
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = sum(linear.weight.numel() for linear in linears)
-    layers_heads = config.n_layer * config.n_head if isinstance(model, (GPT, NaiveGPT)) else 0
-    return 6.0 * sequences * T * (weights + layers_heads * config.D * (T + 1))

@@ -487,8 +487,8 @@ class Plan:
 
     block_m: int  # queries
     block_n: int  # keys
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
     registers: int | None = None  # a thread at most, on NVIDIA's; None: as the compiler likes
     one_loop: bool = False  # of the forward, all tiles as if they were on the diagonal
 
@@ -500,7 +500,7 @@ def _plans(*blocks: tuple) -> dict[str, Plan]:
 
 
 # By architecture, for up to D and T (keys; None: any number), with dropout or without (None:
-# either); of rows that fit that of the least D, then T, counts. Chosen by `python -m
+# either); of the rows that fit, the one of the least D, then T, is used. Chosen by `python -m
 # kernels.codegen`: no spills, on sm_90 wgmma for every product where a plan has it, then two
 # programs a multiprocessor; `python -m kernels.tune` prints measured ones. Those of sm_80, which
 # serve where another architecture has none, fit the 99 KB of sm_86 and sm_89.
@@ -624,7 +624,7 @@ def _options(kernel: str, tensors, dropout_p: float, key, blocks: Plan | None) -
         options["ONE_LOOP"] = blocks.one_loop
     return blocks, options | {
         "HEAD_DIM": D,
-        "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
+        "BLOCK_D": max(16, backend.next_power_of_2(D)),
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
         "DROPOUT": dropout_threshold(dropout_p) > 0,
@@ -636,8 +636,8 @@ def _options(kernel: str, tensors, dropout_p: float, key, blocks: Plan | None) -
         "EIGHTS": D % 16 == 8
         and all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1])
         and all(x.stride(-1) == 1 for x in tensors),
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
     }
 
 

@@ -165,6 +165,18 @@ def has_storage(tensor: torch.Tensor) -> bool:
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
 
 
+def operator(name: str, function: Callable) -> Any:
+    """`function` as the operator kernels::name, its own fake: fake tensors launch nothing."""
+    op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
+    op.register_fake(function)
+    return op
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is n or more."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
     """Start `kernel` on `grid`; a grid with no programs starts nothing.
 

@@ -226,8 +226,8 @@ WORK = {
     "_attention_forward_kernel": _attention_work(products=2),
     "_attention_dq_kernel": _attention_work(products=3),
     "_attention_dkdv_kernel": _attention_work(products=4),
-    "_forward_kernel": _ROWS,
-    "_backward_kernel": _ROWS,
+    "_layer_norm_forward_kernel": _ROWS,
+    "_layer_norm_backward_kernel": _ROWS,
     "_cross_entropy_kernel": Work(
         tile=lambda c, s: c["BLOCK_M"] * s["V"],
         elements=lambda c, s, programs: programs * c["BLOCK_M"] * s["V"],
@@ -432,59 +432,59 @@ causal_attention B4-T4096-H12-D128-tf32-p0.2
   _attention_dq_kernel sm_100 232 0 49152 2 127.9 HMMA
   _attention_dkdv_kernel sm_100 176 0 98304 2 69.9 HMMA+UTCHMMA
 layer_norm M16384-C384-bf16
-  _forward_kernel sm_80 72 0 0 28 19.1 -
-  _backward_kernel sm_80 128 0 8256 4 33.5 -
+  _layer_norm_forward_kernel sm_80 72 0 0 28 19.1 -
+  _layer_norm_backward_kernel sm_80 128 0 8256 4 33.5 -
   _sum_partials_kernel sm_80 48 0 1024 2 - -
-  _forward_kernel sm_90 72 0 0 28 19.2 -
-  _backward_kernel sm_90 128 0 8256 4 33.3 -
+  _layer_norm_forward_kernel sm_90 72 0 0 28 19.2 -
+  _layer_norm_backward_kernel sm_90 128 0 8256 4 33.3 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
-  _forward_kernel sm_100 72 0 0 28 16.5 -
-  _backward_kernel sm_100 120 0 4096 4 29.7 -
+  _layer_norm_forward_kernel sm_100 72 0 0 28 16.5 -
+  _layer_norm_backward_kernel sm_100 120 0 4096 4 29.7 -
   _sum_partials_kernel sm_100 48 0 1024 2 - -
-  _forward_kernel gfx942 48 0 0 32 32.8 -
-  _backward_kernel gfx942 80 0 8192 6 33.2 -
+  _layer_norm_forward_kernel gfx942 48 0 0 32 32.8 -
+  _layer_norm_backward_kernel gfx942 80 0 8192 6 33.2 -
   _sum_partials_kernel gfx942 40 0 1024 2 - -
 layer_norm M16384-C768-bf16
-  _forward_kernel sm_90 48 0 8 20 25.9 -
-  _backward_kernel sm_90 128 0 8248 4 35.1 -
+  _layer_norm_forward_kernel sm_90 48 0 8 20 25.9 -
+  _layer_norm_backward_kernel sm_90 128 0 8248 4 35.1 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 layer_norm M16384-C1024-bf16
-  _forward_kernel sm_90 48 0 8 20 18.9 -
-  _backward_kernel sm_90 128 0 8248 4 26.2 -
+  _layer_norm_forward_kernel sm_90 48 0 8 20 18.9 -
+  _layer_norm_backward_kernel sm_90 128 0 8248 4 26.2 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 layer_norm M16384-C4096-bf16
-  _forward_kernel sm_90 48 0 32 5 19.5 -
-  _backward_kernel sm_90 64 0 16468 2 28.5 -
+  _layer_norm_forward_kernel sm_90 48 0 32 5 19.5 -
+  _layer_norm_backward_kernel sm_90 64 0 16468 2 28.5 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 layer_norm M16384-C16384-bf16
-  _forward_kernel sm_90 72 0 64 1 16.6 -
-  _wide_backward_kernel sm_90 72 0 32 3 - -
-  _parameter_gradient_kernel sm_90 72 0 8192 3 - -
+  _layer_norm_forward_kernel sm_90 72 0 64 1 16.6 -
+  _layer_norm_wide_backward_kernel sm_90 72 0 32 3 - -
+  _layer_norm_parameter_gradient_kernel sm_90 72 0 8192 3 - -
   _sum_partials_kernel sm_90 48 0 256 10 - -
 dropout_add_layer_norm M16384-C384-bf16-p0.2
-  _forward_kernel sm_80 80 0 0 24 41.3 -
-  _backward_kernel sm_80 152 0 12352 3 52.9 -
+  _layer_norm_forward_kernel sm_80 80 0 0 24 41.3 -
+  _layer_norm_backward_kernel sm_80 152 0 12352 3 52.9 -
   _sum_partials_kernel sm_80 48 0 1024 2 - -
-  _forward_kernel sm_90 80 0 0 24 41.7 -
-  _backward_kernel sm_90 152 0 12352 3 53.3 -
+  _layer_norm_forward_kernel sm_90 80 0 0 24 41.7 -
+  _layer_norm_backward_kernel sm_90 152 0 12352 3 53.3 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
-  _forward_kernel sm_100 96 0 0 20 37.1 -
-  _backward_kernel sm_100 168 0 4096 3 48.3 -
+  _layer_norm_forward_kernel sm_100 96 0 0 20 37.1 -
+  _layer_norm_backward_kernel sm_100 168 0 4096 3 48.3 -
   _sum_partials_kernel sm_100 48 0 1024 2 - -
-  _forward_kernel gfx942 64 0 0 32 60.8 -
-  _backward_kernel gfx942 104 0 8192 4 57.8 -
+  _layer_norm_forward_kernel gfx942 64 0 0 32 60.8 -
+  _layer_norm_backward_kernel gfx942 104 0 8192 4 57.8 -
   _sum_partials_kernel gfx942 40 0 1024 2 - -
 dropout_add_layer_norm M16384-C768-bf16
-  _forward_kernel sm_90 48 0 8 20 39.4 -
-  _backward_kernel sm_90 136 0 12344 3 41.7 -
+  _layer_norm_forward_kernel sm_90 48 0 8 20 39.4 -
+  _layer_norm_backward_kernel sm_90 136 0 12344 3 41.7 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 dropout_add_layer_norm M16384-C1024-bf16-p0.2
-  _forward_kernel sm_90 56 0 8 18 39.0 -
-  _backward_kernel sm_90 168 0 12344 3 40.6 -
+  _layer_norm_forward_kernel sm_90 56 0 8 18 39.0 -
+  _layer_norm_backward_kernel sm_90 168 0 12344 3 40.6 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 dropout_add_layer_norm M16384-C4096-bf16-p0.2
-  _forward_kernel sm_90 56 0 32 4 39.3 -
-  _backward_kernel sm_90 128 0 24660 1 43.0 -
+  _layer_norm_forward_kernel sm_90 56 0 32 4 39.3 -
+  _layer_norm_backward_kernel sm_90 128 0 24660 1 43.0 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 linear_act M16384-K384-N1536-bf16-relu
   _activation_backward_kernel sm_80 104 0 4096 4 - -
@@ -593,9 +593,9 @@ causal_attention B64-T256-H6-D85-bf16-p0.2
 causal_attention B64-T256-H6-D64-tf32-p0.2
   _attention_dq_kernel sm_100 176 0 57352 2 36.8 UTCHMMA
 layer_norm M16384-C384-bf16
-  _forward_kernel sm_100 72 0 0 28 19.5 -
+  _layer_norm_forward_kernel sm_100 72 0 0 28 19.5 -
 dropout_add_layer_norm M16384-C384-bf16-p0.2
-  _forward_kernel sm_100 80 0 0 24 41.0 -
+  _layer_norm_forward_kernel sm_100 80 0 0 24 41.0 -
 cross_entropy M16384-V65-bf16
   _cross_entropy_kernel sm_80 88 0 4096 5 57.6 -
   _cross_entropy_kernel sm_90 80 0 4096 6 57.7 -

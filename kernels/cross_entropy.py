@@ -15,13 +15,12 @@ pass goes further and reduces dz to dx, dW and db: z is then needed for a chunk 
 number, before any loss scale could save it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import autocast_dtype, has_storage, once_differentiable, resolve
+from kernels.backend import autocast_dtype, has_storage, once_differentiable, operator, resolve
 from kernels.cross_entropy_kernels import launch_cross_entropy, launch_reduce, launch_scale
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -66,13 +65,6 @@ def _check_range(op, targets, V, ignore_index):
 # --- Binding of cross_entropy ---------------------------------------------------------------------
 
 
-def _op(name: str, function: Callable) -> Any:
-    """`function` as an operator that is its own fake: fake tensors launch nothing."""
-    op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
-    op.register_fake(function)
-    return op
-
-
 def _cross_entropy_forward(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -102,8 +94,8 @@ def _scale(
     return y
 
 
-_cross_entropy_op = _op("cross_entropy", _cross_entropy_forward)
-_scale_op = _op("scale", _scale)
+_cross_entropy_op = operator("cross_entropy", _cross_entropy_forward)
+_scale_op = operator("scale", _scale)
 
 
 def _save_cross_entropy(ctx, inputs, output):
@@ -239,7 +231,7 @@ def _reduce(losses, targets, ignore_index, reduction, triton):
     return loss, factor
 
 
-_linear_cross_entropy_op = _op("linear_cross_entropy", _linear_cross_entropy_forward)
+_linear_cross_entropy_op = operator("linear_cross_entropy", _linear_cross_entropy_forward)
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):

@@ -4,11 +4,11 @@ A row is read once into registers while it is short; else twice, for its sum and
 dz takes the place of z where `dlogits` is `logits`: no thread reads what another may have written.
 """
 
-from kernels.backend import jit, launch, tl
+from kernels.backend import jit, launch, next_power_of_2, tl
 
 
 @jit
-def _power(x):
+def _exp(x):
     """e^x: one multiplication and, unlike `tl.exp`, one instruction that makes subnormals 0."""
     return tl.exp2(x * 1.4426950408889634)
 
@@ -57,7 +57,7 @@ def _cross_entropy_kernel(
     z_t = tl.load(ptrs + tail, mask=mask_t, other=float("-inf")).to(tl.float32)
     m = tl.max(tl.maximum(tl.max(z, 0), tl.max(z_t, 0)), 1)
     m = tl.where(m == float("-inf"), 0.0, m)
-    e, e_t = _power(z - m[:, None]), _power(z_t - m[:, None])
+    e, e_t = _exp(z - m[:, None]), _exp(z_t - m[:, None])
     l = tl.sum(tl.sum(e, 0) + tl.sum(e_t, 0), 1)
     is_label, is_label_t = main == label - lane, tail == label - lane
     picked = tl.sum(tl.where(is_label, z, 0.0), 0) + tl.sum(tl.where(is_label_t, z_t, 0.0), 0)
@@ -126,12 +126,12 @@ def _long_cross_entropy_kernel(
         z = z.to(tl.float32)
         m_new = tl.maximum(m_lane, tl.max(z, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        l_lane = l_lane * _power(m_lane - m_safe) + tl.sum(_power(z - m_safe[:, None]), 1)
+        l_lane = l_lane * _exp(m_lane - m_safe) + tl.sum(_exp(z - m_safe[:, None]), 1)
         m_lane = m_new
     m = tl.maximum(tl.max(m_lane, 0), tl.max(z_e, 0))
     m = tl.where(m == float("-inf"), 0.0, m)
-    e_e = _power(z_e - m)
-    l = tl.sum(l_lane * _power(m_lane - m), 0) + tl.sum(e_e, 0)
+    e_e = _exp(z_e - m)
+    l = tl.sum(l_lane * _exp(m_lane - m), 0) + tl.sum(e_e, 0)
     loss = tl.log(l) - (picked - m)
     loss = tl.where(in_range, loss, float("nan"))
     tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
@@ -145,7 +145,7 @@ def _long_cross_entropy_kernel(
         for low in range(0, middle, LANES * 8):
             mask = low + offs < middle
             z = tl.load(logits_ptr + start + low + offs, mask=mask, other=0.0).to(tl.float32)
-            dz = _power(z - m) * factor - tl.where(low + offs == label - head, scale, 0.0)
+            dz = _exp(z - m) * factor - tl.where(low + offs == label - head, scale, 0.0)
             dz = dz.to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + start + low + offs, dz, mask=mask)
         dz_e = e_e * factor - tl.where(edge == label, scale, 0.0)
@@ -208,10 +208,6 @@ def _scale_kernel(
     tl.store(y_ptr + offsets, (x * scale[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 SHORT_ROWS = 1024  # the longest V that `_cross_entropy_kernel` keeps in registers
 
 
@@ -222,10 +218,10 @@ def short_plan(V: int) -> dict[str, int]:
     but fill only a quarter of each sector of memory with a store. 256 threads, AMD's, share no
     element: in place, one might read what another has overwritten.
     """
-    LANES = min(_power_of_2(V + 1) // 2, max(8, _power_of_2(V) // 16))
+    LANES = min(next_power_of_2(V + 1) // 2, max(8, next_power_of_2(V) // 16))
     pieces = -(-V // LANES)
-    MAIN = max(1, _power_of_2(pieces) // 2)
-    TAIL = _power_of_2(pieces - MAIN)
+    MAIN = max(1, next_power_of_2(pieces) // 2)
+    TAIL = next_power_of_2(pieces - MAIN)
     return {"BLOCK_M": 256 // LANES, "LANES": LANES, "MAIN": MAIN, "TAIL": TAIL, "num_warps": 4}
 
 
@@ -235,7 +231,7 @@ def long_plan(V: int) -> dict[str, int]:
     The larger the programs, the fewer rows are under way at once, and the more of them the second
     pass finds in the L2: 132 x 3 rows of 100 KB on an H200 at V = 50257 in 16 bits.
     """
-    LANES = min(1024, _power_of_2(V) // 16)
+    LANES = min(1024, next_power_of_2(V) // 16)
     return {"LANES": LANES, "num_warps": LANES // 64}
 
 
@@ -280,7 +276,7 @@ def launch_reduce(losses, targets, ignore_index, reduction):
 def launch_scale(x, gradient, factor, y):
     """y = x * gradient * factor; gradient () or one element for each row of x."""
     M, K = x.shape if gradient.ndim else (1, x.numel())
-    BLOCK_K = min(2048, max(16, _power_of_2(K)))
+    BLOCK_K = min(2048, max(16, next_power_of_2(K)))
     BLOCK_M = 2048 // BLOCK_K if M > 1 else 1
     launch(
         _scale_kernel,

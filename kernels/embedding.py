@@ -3,7 +3,7 @@
     x[b, t] = dropout(token_weight[idx[b, t]] + position_weight[t])
 
     dtoken_weight[v] = sum_{b, t: idx[b, t] = v} dy[b, t]
-    dposition_weight[position + t] = sum_b dy[b, t]
+    dposition_weight[t] = sum_b dy[b, t]
     with dy the incoming gradient through the same mask
 
 Many rows of dy may belong to one token, and atomics would add them in any order. Instead few tokens
@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from kernels import rng
-from kernels.backend import architecture, jit, launch, resolve, tl, traced
+from kernels.backend import (
+    architecture,
+    jit,
+    launch,
+    next_power_of_2,
+    operator,
+    resolve,
+    tl,
+    traced,
+)
 from kernels.layer_norm import keep_rows
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -264,7 +273,7 @@ def _token_gradient_sorted_kernel(
 
 def _columns(C: int, most: int) -> tuple[int, int]:
     """(BLOCK_C, tiles): columns of a tile, a power of two of at least 16, and how many tiles."""
-    BLOCK_C = min(most, max(16, 1 << (C - 1).bit_length()))
+    BLOCK_C = min(most, max(16, next_power_of_2(C)))
     return BLOCK_C, -(-C // BLOCK_C)
 
 
@@ -364,7 +373,7 @@ def _token_gradient_one_hot(dy, idx, V, common):
     rows_per_piece = BLOCK_M * max(1, -(-M // (BLOCK_M * _PIECES)))
     pieces = max(1, -(-M // rows_per_piece))
     partials = dy.new_empty(pieces, V, C, dtype=torch.float32)
-    BLOCK_V = min(128, max(16, 1 << (V - 1).bit_length()))
+    BLOCK_V = min(128, max(16, next_power_of_2(V)))
     BLOCK_C, tiles = _columns(C, 64)
     launch(
         _token_gradient_one_hot_kernel,
@@ -408,11 +417,8 @@ def _token_gradient_sorted(dy, idx, V, common):
 
 # --- Binding --------------------------------------------------------------------------------------
 
-_embed_op = torch.library.custom_op("kernels::embed", _forward, mutates_args=())
-_embed_backward_op = torch.library.custom_op("kernels::embed_backward", _backward, mutates_args=())
-# Fake tensors launch nothing, so each is its own fake.
-_embed_op.register_fake(_forward)
-_embed_backward_op.register_fake(_backward)
+_embed_op = operator("embed", _forward)
+_embed_backward_op = operator("embed_backward", _backward)
 
 
 def _save(ctx, inputs, output):

@@ -102,14 +102,8 @@ def _eager_dropout_add(x, residual, dropout_p, key, site):
 
 # ------------------------------------------------------------------------------------- autograd
 
-_forward_op = torch.library.custom_op(
-    "kernels::layer_norm_forward", layer_norm_kernels.forward, mutates_args=()
-)
-_forward_op.register_fake(layer_norm_kernels.forward)
-_backward_op = torch.library.custom_op(
-    "kernels::layer_norm_backward", layer_norm_kernels.backward, mutates_args=()
-)
-_backward_op.register_fake(layer_norm_kernels.backward)
+_forward_op = backend.operator("layer_norm_forward", layer_norm_kernels.forward)
+_backward_op = backend.operator("layer_norm_backward", layer_norm_kernels.backward)
 
 
 def _setup_context(ctx, inputs, output):

@@ -13,7 +13,7 @@ from kernels.rng import dropout_scale, dropout_threshold
 
 
 @jit(do_not_specialize=["site", "threshold", "rows_per_sequence"])
-def _forward_kernel(
+def _layer_norm_forward_kernel(
     x_ptr,  # (M, C)
     residual_ptr,  # (M, C) or None
     weight_ptr,  # (C,)
@@ -80,7 +80,7 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=["site", "threshold", "rows_per_sequence"])
-def _backward_kernel(
+def _layer_norm_backward_kernel(
     dy_ptr,  # (M, C)
     dnew_ptr,  # (M, C) or None: gradient of the new residual
     r_ptr,  # (M, C): what was normalised
@@ -166,7 +166,7 @@ def _backward_kernel(
 
 
 @jit(do_not_specialize=["site", "threshold", "rows_per_sequence"])
-def _wide_backward_kernel(
+def _layer_norm_wide_backward_kernel(
     dy_ptr,  # (M, C)
     dnew_ptr,  # (M, C) or None: gradient of the new residual
     r_ptr,  # (M, C): what was normalised
@@ -230,7 +230,7 @@ def _wide_backward_kernel(
 
 
 @jit
-def _parameter_gradient_kernel(
+def _layer_norm_parameter_gradient_kernel(
     dy_ptr,  # (M, C)
     r_ptr,  # (M, C)
     dx_ptr,  # (M, C) contiguous
@@ -300,12 +300,12 @@ class LayerNormPlan:
     stages: int = 1
 
 
-def forward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
+def forward_plan(C: int) -> LayerNormPlan:
     """One warp for 512 channels, two rows of them where a row is short: 16 to 32 values a thread.
 
     Chosen by compiled code (no spills, 128-bit accesses, occupancy), not yet by a measurement.
     """
-    BLOCK_C = max(16, _next_power_of_two(C))
+    BLOCK_C = max(16, backend.next_power_of_2(C))
     return LayerNormPlan(
         BLOCK_M=max(1, min(16, 1024 // BLOCK_C)),
         BLOCK_C=BLOCK_C,
@@ -316,21 +316,21 @@ def forward_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan
 WIDE_C = 8192  # beyond it a row and its columns' sums no longer fit in registers together
 
 
-def backward_plan(architecture: str, C: int, dtype: torch.dtype, residual: bool) -> LayerNormPlan:
+def backward_plan(architecture: str, C: int, residual: bool) -> LayerNormPlan:
     """A thread has 16 values of a tile, and of each column sum, in registers; 8 of long rows.
 
     As many programs as fit a multiprocessor, four or three of four warps, take the tiles in turns.
     Each loads the next one behind the one it computes, so that 25 to 37 KB are always under way;
     on sm_100 that spills at 2048 channels. Partial sums are (programs, C). Wide rows go in pieces,
-    one program a row, and `_parameter_gradient_kernel` sums the columns. Chosen by compiled code,
-    not by a measurement.
+    one program a row, and `_parameter_gradients` sums the columns. Chosen by compiled code, not yet
+    by a measurement.
 
     Args:
         residual: a gradient of the residual is added, which takes registers.
     """
     if C > WIDE_C:
         return LayerNormPlan(BLOCK_M=1, BLOCK_C=4096, num_warps=8)
-    BLOCK_C = max(16, _next_power_of_two(C))
+    BLOCK_C = max(16, backend.next_power_of_2(C))
     stages = 2 if architecture.startswith(("sm_8", "sm_9")) else 1
     if BLOCK_C > 2048:
         programs = 2 if BLOCK_C == 4096 and not residual else 1
@@ -339,13 +339,8 @@ def backward_plan(architecture: str, C: int, dtype: torch.dtype, residual: bool)
     return LayerNormPlan(max(1, min(32, 2048 // BLOCK_C)), BLOCK_C, 4, programs, stages)
 
 
-def parameter_gradient_plan(architecture: str, C: int, dtype: torch.dtype) -> LayerNormPlan:
-    """Tiles of whole 512-byte pieces of rows; with some 64 column tiles, 8 programs share each."""
-    return LayerNormPlan(BLOCK_M=16, BLOCK_C=256, num_warps=8, programs=8)
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+# Tiles of whole 512-byte pieces of rows; with some 64 column tiles, 8 programs share each.
+PARAMETER_GRADIENT_PLAN = LayerNormPlan(BLOCK_M=16, BLOCK_C=256, num_warps=8, programs=8)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -386,9 +381,9 @@ def forward(
     mean = torch.empty(M, dtype=torch.float32, device=device)
     rstd = torch.empty(M, dtype=torch.float32, device=device)
     residual_rows = rows if residual is None else _rows(residual)
-    plan = forward_plan(backend.architecture(device), C, x.dtype)
+    plan = forward_plan(C)
     backend.launch(
-        _forward_kernel,
+        _layer_norm_forward_kernel,
         (-(-M // plan.BLOCK_M),),
         rows,
         None if residual is None else residual_rows,
@@ -439,7 +434,7 @@ def backward(
     distinct = dropout_p > 0 or x_dtype != r.dtype
     dx = torch.empty(r.shape if distinct else 0, dtype=x_dtype, device=device)
     architecture = backend.architecture(device)
-    plan = backward_plan(architecture, C, x_dtype, dnew is not None)
+    plan = backward_plan(architecture, C, dnew is not None)
     has_bias, has_x_bias = bias_dtype is not None, x_bias_dtype is not None
     tensors = (
         dy,
@@ -464,7 +459,7 @@ def backward(
         P = _programs(architecture, device, plan.programs)
         partials = torch.empty(1 + has_bias + has_x_bias, P, C, device=device)
         backend.launch(
-            _backward_kernel,
+            _layer_norm_backward_kernel,
             (P,),
             *tensors,
             partials,
@@ -478,7 +473,7 @@ def backward(
             **constants,
         )
     else:
-        backend.launch(_wide_backward_kernel, (M,), *tensors, *strides, **constants)
+        backend.launch(_layer_norm_wide_backward_kernel, (M,), *tensors, *strides, **constants)
         dx_rows = _rows(dx if distinct else dr)
         partials = _parameter_gradients(dy, rows, dx_rows, mean, rstd, has_bias, has_x_bias)
     dtypes = (weight.dtype, bias_dtype, x_bias_dtype)
@@ -491,11 +486,11 @@ def backward(
 def _parameter_gradients(dy, rows, dx, mean, rstd, has_bias: bool, has_x_bias: bool):
     """Partial sums (1, 2 or 3, P, C) of dweight, dbias and dx_bias for wide rows."""
     (M, C), device = rows.shape, rows.device
-    plan = parameter_gradient_plan(backend.architecture(device), C, rows.dtype)
+    plan = PARAMETER_GRADIENT_PLAN
     P = plan.programs
     partials = torch.empty(1 + has_bias + has_x_bias, P, C, device=device)
     backend.launch(
-        _parameter_gradient_kernel,
+        _layer_norm_parameter_gradient_kernel,
         (-(-C // plan.BLOCK_C), P),
         dy,
         rows,

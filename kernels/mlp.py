@@ -343,10 +343,8 @@ def _backward(
 
 # ------------------------------------------------------------------------------------- autograd
 
-_forward_op = torch.library.custom_op("kernels::linear_act_forward", _forward, mutates_args=())
-_forward_op.register_fake(_forward)
-_backward_op = torch.library.custom_op("kernels::activation_backward", _backward, mutates_args=())
-_backward_op.register_fake(_backward)
+_forward_op = backend.operator("linear_act_forward", _forward)
+_backward_op = backend.operator("activation_backward", _backward)
 
 
 def _setup_context(ctx, inputs, output):

@@ -44,7 +44,7 @@ _SITES_PER_LAYER = 4
 PLACES = {"attention": 0, "projection": 1, "feedforward": 2}
 
 _LOW32 = 0xFFFFFFFF
-# Philox calls of one window: at every op's end two threads hold each other up.
+# Philox calls of one window: many, as two threads contend for the GIL at every op of numpy.
 _CHUNK_GROUPS = 1 << 17
 _AHEAD_GROUPS = 1 << 15  # Philox calls of all the updates whose masks `MasksAhead` draws at once
 

@@ -172,7 +172,7 @@ def _launch(qkv, dy, table, normalize):
     """y of qkv, or with dy the gradient of qkv."""
     B, T, _, H, D = qkv.shape
     y = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    BLOCK_D = max(2, 1 << (D - 1).bit_length())
+    BLOCK_D = max(2, backend.next_power_of_2(D))
     BLOCK_M = max(1, 2048 // BLOCK_D)  # 16 elements a thread
     backend.launch(
         _rotary_kernel,
@@ -207,10 +207,8 @@ def _backward(
 
 # ------------------------------------------------------------------------------------- autograd
 
-_forward_op = torch.library.custom_op("kernels::rotary_forward", _forward, mutates_args=())
-_forward_op.register_fake(_forward)
-_backward_op = torch.library.custom_op("kernels::rotary_backward", _backward, mutates_args=())
-_backward_op.register_fake(_backward)
+_forward_op = backend.operator("rotary_forward", _forward)
+_backward_op = backend.operator("rotary_backward", _backward)
 
 
 def _setup_context(ctx, inputs, output):

@@ -35,7 +35,7 @@ def candidates(kernel: str, architecture: str) -> list[Plan]:
     loops = (False, True) if kernel == "forward" else (False,)
     blocks = itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3), caps, loops)
     plans = [Plan(*block) for block in blocks if block[0] * block[1] <= 128 * 128 // 2]
-    return [plan for plan in plans if plan.warps == 4 or plan.registers is None]
+    return [plan for plan in plans if plan.num_warps == 4 or plan.registers is None]
 
 
 def nearest_first(plans: list[Plan], shipped: Plan) -> list[Plan]:

@@ -122,7 +122,6 @@ def test_a_cpu_cuts_large_batches(prepared, monkeypatch, sequences):
 @pytest.mark.parametrize(
     ("config", "device", "reason"),
     [
-        (TrainConfig(), "mps", "MPS has no CUDA graphs"),
         (TrainConfig(batch_size=16), "cpu", None),
         (TrainConfig(batch_size=17), "cpu", "outlast"),
         (TrainConfig(batch_size=1), "cpu", "outlast"),  # its vocabulary: see below

@@ -67,7 +67,9 @@ def test_the_least_row_that_fits_counts():
     assert plan("forward", 64, 512, True) == plan("forward", 32, 1, True) == short
     assert plan("forward", 40, 512, True) == dataclasses.replace(short, registers=None)
     assert plan("forward", 64, 513, True) == plan("forward", 64, 512, False)
-    assert plan("dkdv", 64, 256, False).stages == 2 and plan("dkdv", 64, 513, True).stages == 1
+    assert (
+        plan("dkdv", 64, 256, False).num_stages == 2 and plan("dkdv", 64, 513, True).num_stages == 1
+    )
 
 
 @pytest.mark.parametrize("kernel", tune.KERNELS)

@@ -597,9 +597,9 @@ def test_plans_cover_every_width():
     """Tiles hold a row, are powers of two and leave a thread at most 64 values."""
     architectures, widths = ("sm_80", "sm_90", "gfx942"), (1, 7, 384, 768, 1024, 4096, 16384)
     for architecture, C in itertools.product(architectures, widths):
-        forward = layer_norm_kernels.forward_plan(architecture, C, torch.bfloat16)
+        forward = layer_norm_kernels.forward_plan(C)
         plain, residual = (
-            layer_norm_kernels.backward_plan(architecture, C, torch.bfloat16, with_residual)
+            layer_norm_kernels.backward_plan(architecture, C, with_residual)
             for with_residual in (False, True)
         )
         assert forward.BLOCK_C >= C
