@@ -166,7 +166,7 @@ def last_logged(folder) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "rounds"),
-    [(["--preset=cpu"], 80), (["--preset=notebook", "--batch_size=4"], 14)],
+    [(["--preset=cpu", "--optimizer=adamw"], 80), (["--preset=notebook", "--batch_size=4"], 14)],
     ids=["cpu", "notebook"],
 )
 def test_what_a_checkpoint_costs(text_file, tmp_path, flags, rounds):
