@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from gptcore.tasks import Arithmetic
     from gptcore.trainer import Run
 
-LEFT = {
-    "cuda": 1
-}  # by device type: readings a look leaves in flight, so as not to wait for the GPU
+# By device type, the readings that a look between evaluations leaves in flight, not to wait.
+LEFT = {"cuda": 1}
 PLOT_EVERY_S = 60.0
 PLOTTED = 1000  # evaluations at most; more are no clearer, and the memory for them would grow
 
