@@ -84,12 +84,14 @@ class Contestant:
 
     Args:
         warm_ups: untimed calls until each is like the next.
+        here: like start, in this process, where `start` has another do and time the work.
     """
 
     name: str
     start: Callable[[], Call]
     check: Callable[[], Check]
     warm_ups: int = 1
+    here: Callable[[], Call] | None = None
 
 
 @dataclass(frozen=True)

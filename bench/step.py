@@ -188,8 +188,13 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
     def peer(name, build, step, wiring, *, dtype=options.dtype, clip=clip, start=None):
         """`build(source)` -> model; `step(model, batch)` -> its update; `start(model)`: timed."""
         check = functools.partial(bench.check, build, step, wiring, dtype, clip)
-        start = start or (lambda model: step(model, bench.batch))
-        return Contestant(name, lambda: start(build(bench.wired(**wiring))), check)
+
+        def here():
+            return step(build(bench.wired(**wiring)), bench.batch)
+
+        if start is None:
+            return Contestant(name, here, check)
+        return Contestant(name, lambda: start(build(bench.wired(**wiring))), check, here=here)
 
     def compiled(mode, model, batch):
         peers.require_compiler(options, "compile")

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -199,8 +200,17 @@ class Step:
         # A checkpoint may be waiting for its copies in another thread: only this one is watched.
         # Nor is torch's own stream for captures taken, which is the first device's.
         mode = {"stream": self.side, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.graph, **mode):
-            self.loss = self._update()
+        try:
+            with torch.cuda.graph(self.graph, **mode):
+                self.loss = self._update()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # capturing ran nothing, so nothing is lost
+            self.graph, self.loss = None, None
+            self.eager_reason = f"its capture failed: {str(error).splitlines()[0]}"
+            self.optimizer.zero_grad(set_to_none=True)
+            warnings.warn(f"updates run eagerly, because {self.eager_reason}", stacklevel=2)
+            return self._update()
         self.graph.replay()  # capturing ran nothing
         return self.loss
 

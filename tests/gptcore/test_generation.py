@@ -38,6 +38,25 @@ def pair():
     return model, GPT.from_naive(model)
 
 
+ROTARY = {"position": "rotary", "qk_norm": True, "token_shift": True}  # of the fast presets
+
+
+def sharp_gpt(**changes):
+    """In float64, sharp enough to be told apart, each token leaning on the one before it."""
+    torch.manual_seed(1)
+    gpt = GPT(TINY.replace(**changes)).double().eval()
+    with torch.no_grad():
+        gpt.lm_head.weight.mul_(5)
+        if gpt.shift is not None:
+            gpt.shift.normal_()
+    return gpt
+
+
+@pytest.fixture(params=[{}, ROTARY], ids=["learned", "rotary"])
+def gpt(request):
+    return sharp_gpt(**request.param)
+
+
 def prompts(B, T, seed=2):
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
 
@@ -62,6 +81,16 @@ def test_greedy_text_is_the_notebooks(pair, T, cache):
     assert len(expected[:, T:].unique()) > 2  # a constant text would prove nothing
 
 
+@pytest.mark.parametrize("T", [1, 5, 8, 11])
+def test_the_cache_changes_no_token(gpt, T):
+    """Against whole windows, also past the block size, for every kind of position."""
+    expected = notebooks_loop(gpt, prompts(3, T), 14, lambda x, _: x.argmax(-1, keepdim=True))
+    for cache in (True, False):
+        text = generate(gpt, prompts(3, T), max_new_tokens=14, temperature=0.0, cache=cache)
+        assert torch.equal(text, expected)
+    assert len(expected[:, T:].unique()) > 2
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_cache_ladder_and_stream_agree(pair, options):
     model, gpt = pair
@@ -75,10 +104,8 @@ def test_cache_ladder_and_stream_agree(pair, options):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("lengths", [(3, 3), (1, 6), (10, 9)], ids=str)
-def test_fixed_step_is_the_plain_loop(pair, options, lengths):
+def test_fixed_step_is_the_plain_loop(gpt, options, lengths):
     """The step that a CUDA graph holds, driven by hand; its unused slots are cleared."""
-    _, gpt = pair
-    gpt.eval()
     texts = [prompts(1, T, seed=T)[0] for T in lengths]
     plain = generate(gpt, texts, max_new_tokens=9, seed=5, **options)
     start, total = min(lengths), max(lengths) + 9
@@ -367,13 +394,11 @@ def test_mode_and_gradients_are_left_alone(pair):
 
 
 @pytest.mark.parametrize("T", [1, 4, 8])
-def test_cached_logits_are_the_uncached_within_rounding(T):
+def test_cached_logits_are_the_uncached_within_rounding(gpt, T):
     """In float32, by the 2x rule's kind: against float64, near what the whole window gives."""
-    torch.manual_seed(0)
-    gpt = GPT(TINY).eval()
-    idx = prompts(3, 8)
+    gpt, idx = gpt.float(), prompts(3, 8)
     with torch.no_grad():
-        cache = KVCache(TINY, 3)
+        cache = KVCache(gpt.config, 3)
         cached = [gpt.next_logits(idx[:, :T], cache)]
         cached += [gpt.next_logits(idx[:, t : t + 1], cache) for t in range(T, 8)]
         whole = gpt(idx)[0][:, T - 1 :]
@@ -390,12 +415,13 @@ def test_cached_logits_are_the_uncached_within_rounding(T):
         {"activation": "gelu", "qkv_bias": True, "attention_scale": "head_size"},
         {"activation": "gelu_erf", "bias": False, "head_bias": False, "tied_head": True},
         {"activation": "relu2", "head_size": 3, "n_head": 3},
+        {"position": "rotary"},
+        ROTARY,
     ],
     ids=str,
 )
 def test_plain_step_is_the_models_own(changes):
-    torch.manual_seed(0)
-    gpt = GPT(TINY.replace(**changes)).double().eval()
+    gpt = sharp_gpt(**changes)
     idx, caches = prompts(3, 8), [KVCache(gpt.config, 3, dtype=torch.float64) for _ in range(2)]
     step = plain_step(gpt, caches[0])
     with torch.inference_mode():
@@ -470,10 +496,10 @@ def test_the_comparison_sees_damage(pair, damage, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_captured_text_is_the_plain_loops(pair, options):
+def test_captured_text_is_the_plain_loops(gpt, options):
     """Through both graphs, twice, the second call on the kept step."""
-    gpt = pair[1].float().cuda()
-    gpt.config = TINY.replace(backend="auto")
+    gpt = gpt.float().cuda()
+    gpt.config = gpt.config.replace(backend="auto")
     for seed in (1, 2):
         texts = [[1, 2, 3], [4], list(range(6))]
         options = {**options, "max_new_tokens": 12, "seed": seed}

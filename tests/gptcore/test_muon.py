@@ -224,7 +224,8 @@ def test_a_run_does_not_go_on_with_another_optimizer(tiny_flags, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rung_trains(tiny_flags, tmp_path, name):
     """Of a bigram model there is nothing for Muon."""
-    run = prepare(parse_settings([*tiny_flags, "--optimizer=muon", f"--model={name}"]))
+    out = f"--out_dir={tmp_path / 'run'}"
+    run = prepare(parse_settings([*tiny_flags, "--optimizer=muon", f"--model={name}", out]))
     before = [p.detach().clone() for p in run.model.parameters()]
     for _ in range(2):
         training_step(run)

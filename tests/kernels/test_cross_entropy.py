@@ -16,7 +16,7 @@ from kernels.verify import compare
 module = importlib.import_module("kernels.cross_entropy")  # the package exports the function
 BACKENDS = ("eager", "triton")
 REDUCTIONS = ("mean", "sum", "none")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IGNORED = -100
 
 
@@ -212,6 +212,20 @@ def test_padded_rows_of_several_blocks(device, poisoned, chunked, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_linear_cross_entropy_in_one_piece(device, poisoned, backend, dtype, reduction):
     check_linear(device, backend, (2, 9, 24), 65, DTYPES[dtype], True, reduction)
+
+
+@pytest.mark.parametrize("V", [65, 1032])  # one kernel each
+def test_offsets_past_32_bits(device, far_apart, V):
+    count, place = far_apart
+    near = randn(device, count, V, dtype=torch.float16)
+    targets = torch.arange(count, device=device)
+
+    def results(logits):
+        logits = logits.detach().requires_grad_()
+        loss = cross_entropy(logits, targets, reduction="none", backend="triton")
+        return loss, torch.autograd.grad(loss.sum(), logits)[0]
+
+    assert all(map(torch.equal, results(place(near, 0)), results(near)))
 
 
 def check_linear(device, backend, shape, V, dtype, bias, reduction):

@@ -12,7 +12,7 @@ from kernels.verify import compare
 
 module = importlib.import_module("kernels.embedding")
 BACKENDS = ("eager", "triton")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @pytest.fixture

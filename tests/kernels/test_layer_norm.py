@@ -340,15 +340,26 @@ def test_autocast_gives_low_precision_y_and_keeps_the_residual(device, backend):
         assert_passed([compare("y", actual, ordinary, exact)])
 
 
-def test_rows_more_than_2_to_the_31_elements_apart(device):
-    """Offsets are 64-bit: two rows of one fp16 tensor, whose pages between are never touched."""
-    storage = torch.zeros(0, dtype=torch.float16, device=device).new_empty(2**31 + 8)
-    x = storage.as_strided((2, 8), (2**31, 1))
-    x.copy_(torch.arange(16.0).view(2, 8) ** 2)
-    weight = torch.ones(8, dtype=torch.float16, device=device)
-    y = layer_norm(x, weight, backend="triton")
-    assert torch.equal(y, layer_norm(x.clone(), weight, backend="triton"))
-    assert y.isfinite().all() and not torch.equal(y[0], y[1])
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_offsets_past_32_bits(device, far_apart, wide, monkeypatch):
+    if wide:
+        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
+        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+    count, place = far_apart
+    near = [torch.randn(count, 40).to(device, torch.float16) for _ in range(3)]
+    far = [place(x, number) for number, x in enumerate(near)]
+    weight = torch.ones(40, dtype=torch.float16, device=device, requires_grad=True)
+    options = {"dropout_p": 0.3, "key": make_key(1, 2, device=device), "backend": "triton"}
+
+    def results(x, dy, residual):
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        y = layer_norm(x, weight, backend="triton")
+        added, r = dropout_add_layer_norm(x, residual, weight, **options)
+        leaves = x, residual, weight
+        alone = torch.autograd.grad(y, (x, weight), dy)
+        return y, added, r, *alone, *torch.autograd.grad((added, r), leaves, (dy, dy))
+
+    assert all(map(torch.equal, results(*far), results(*near)))
 
 
 def test_gradcheck_of_the_eager_version():

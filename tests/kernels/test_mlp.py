@@ -115,15 +115,20 @@ def test_small_numbers_keep_their_bits_in_float16(device, choose, way, activatio
     )
 
 
-def test_strides_past_2_to_the_31(device, choose):
-    """Along the axis that is summed over; of a CPU only the pages touched exist."""
-    backend = choose("triton")
-    storage = torch.zeros(0, dtype=torch.float16, device=device).new_empty(3 * 2**30 + 16)
-    x = storage.as_strided((16, 24), (1, 2**31 // 16))
-    x.copy_(torch.randn(16, 24))
-    weight = torch.randn(16, 24).to(device, torch.float16)
-    y = linear_act(x, weight, activation="relu", backend=backend)
-    torch.testing.assert_close(y, F.relu(x.contiguous() @ weight.t()))
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_offsets_past_32_bits(device, choose, far_apart, axis):
+    (count, place), backend = far_apart, choose("triton")
+    M, K = (count, 24) if axis == 0 else (5, count)
+    x, weight = (torch.randn(n, K).to(device, torch.float16) for n in (M, 16))
+    dy = torch.randn(M, 16).to(device, torch.float16)
+
+    def results(x, dy):
+        leaves = x.detach().requires_grad_(), weight.requires_grad_()
+        y = linear_act(*leaves, activation="relu", backend=backend)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    far = results(place(x, 0, axis), place(dy, 1) if axis == 0 else dy)
+    assert all(map(torch.equal, far, results(x, dy)))
 
 
 SHAPES = {"M1-K1-N1": ((1, 1), 1), "M33-K16-N17": ((33, 16), 17), "B2-T2-K5-N300": ((2, 2, 5), 300)}
