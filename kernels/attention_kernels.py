@@ -283,7 +283,7 @@ def _attention_dq_kernel(
     H, Tq, Tk, qk_scale, dq_scale, keep_scale, site, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, HAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHTS: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """Program bh * tiles + i owns query tile tiles - 1 - i: its delta and dq."""
     if EIGHTS:
@@ -347,11 +347,15 @@ def _attention_dq_kernel(
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / keep_scale
     tl.store(delta_ptr + bh.to(tl.int64) * Tq + rows, delta, rows < Tq)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq = _dq_tiles(
-        dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd, 0,
-        full, offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D, BLOCK_N,
-        DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False, ONLY_DELTA=False,
-    )  # fmt: skip
+    if ONE_LOOP:
+        full = 0
+    else:
+        dq = _dq_tiles(
+            dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt,
+            stride_vd, 0, full, offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM,
+            BLOCK_D, BLOCK_N, DROPOUT, QUADS, PRECISION, WIDEN, EXACT, MASKED=False,
+            ONLY_DELTA=False,
+        )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do, lse, inv_l, delta, k_ptrs, v_ptrs, stride_kt, stride_kd, stride_vt, stride_vd,
         full, high, offs_m, Tk, qk_scale, seed, step, plane, site, threshold, HEAD_DIM, BLOCK_D,
@@ -490,7 +494,7 @@ class Plan:
     num_warps: int
     num_stages: int
     registers: int | None = None  # a thread at most, on NVIDIA's; None: as the compiler likes
-    one_loop: bool = False  # of the forward, all tiles as if they were on the diagonal
+    one_loop: bool = False  # not of dkdv: all tiles as if they were on the diagonal
 
 
 def _plans(*blocks: tuple) -> dict[str, Plan]:
@@ -516,11 +520,20 @@ _PLANS = {
         # loop, without the diagonal's comparisons, would cost the registers of the fourth, keys
         # loaded ahead those of the third.
         (64, 512, True): _plans((64, 64, 4, 2, 128, True), (64, 64, 4, 1, 168), (64, 64, 4, 1)),
-        # With dropout dkdv spills where it loads ahead.
-        (64, None, False): _plans((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (64, None, None): _plans((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
-        (128, None, None): _plans((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 1)),
-        (256, None, None): _plans((128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 1)),
+        # Of two loops that load ahead ptxas waits for every wgmma before the next; of one it does
+        # not, and has fewer instructions an element. With dropout dkdv spills where it loads ahead.
+        (64, None, False): _plans(
+            (64, 64, 4, 2, None, True), (64, 64, 4, 2, None, True), (64, 64, 4, 2)
+        ),
+        (64, None, None): _plans(
+            (64, 64, 4, 2, None, True), (64, 64, 4, 2, None, True), (64, 64, 4, 1)
+        ),
+        (128, None, None): _plans(
+            (64, 64, 4, 2, None, True), (128, 64, 8, 2, None, True), (128, 64, 8, 1)
+        ),
+        (256, None, None): _plans(
+            (128, 64, 8, 2, None, True), (128, 32, 8, 2, None, True), (32, 64, 8, 1)
+        ),
     },
     "gfx942": {
         (64, None, None): _plans((128, 32, 4, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
@@ -620,7 +633,7 @@ def _options(kernel: str, tensors, dropout_p: float, key, blocks: Plan | None) -
     tf32 = precision == "tf32"
     blocks = blocks or plan(kernel, architecture, D, k.shape[2], q.dtype, dropout_p > 0, tf32)
     options = {"maxnreg": blocks.registers} if blocks.registers else {}
-    if kernel == "forward":
+    if kernel != "dkdv":
         options["ONE_LOOP"] = blocks.one_loop
     return blocks, options | {
         "HEAD_DIM": D,

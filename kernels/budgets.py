@@ -283,6 +283,10 @@ class Budget:
             held = all(any(code.startswith(kind) for code in found) for kind in kinds)
             held = held and all(code.startswith(tuple(kinds)) for code in found)
             rules.append((held, f"tensor core must be {self.tensor_core}", "tensor_core"))
+        if self.tensor_core == "HGMMA":  # where ptxas waits for each before the next, none overlap
+            wgmma = sum(row["tensor_core"].values())
+            held = row["wgmma_waits"] < wgmma
+            rules.append((held, f"waits for {wgmma} wgmma < {wgmma}", "wgmma_waits"))
         return [f"{rule}; got {row[name]}" for held, rule, name in rules if not held]
 
 
@@ -328,22 +332,22 @@ causal_attention B64-T256-H6-D64-bf16
   _attention_forward_kernel sm_80 152 0 16384 3 18.5 HMMA
   _attention_dq_kernel sm_80 176 0 24576 2 16.5 HMMA
   _attention_dkdv_kernel sm_80 176 0 29184 2 28.5 HMMA
-  _attention_forward_kernel sm_90 136 0 40960 3 14.2 HGMMA
-  _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
+  _attention_forward_kernel sm_90 136 0 40960 3 13.9 HGMMA
+  _attention_dq_kernel sm_90 160 0 49152 3 12.0 HGMMA
   _attention_dkdv_kernel sm_90 255 0 58368 2 14.9 HGMMA
   _attention_forward_kernel sm_100 160 0 41984 3 18.3 UTCHMMA
   _attention_dq_kernel sm_100 136 0 58368 2 16.4 UTCHMMA
   _attention_dkdv_kernel sm_100 136 0 40968 3 14.9 UTCHMMA
 causal_attention B4-T4096-H12-D64-bf16
-  _attention_forward_kernel sm_90 136 0 40960 3 14.2 HGMMA
-  _attention_dq_kernel sm_90 160 0 49152 3 13.1 HGMMA
+  _attention_forward_kernel sm_90 136 0 40960 3 13.9 HGMMA
+  _attention_dq_kernel sm_90 160 0 49152 3 12.0 HGMMA
   _attention_dkdv_kernel sm_90 255 0 58368 2 14.9 HGMMA
 causal_attention B4-T4096-H12-D128-bf16
   _attention_forward_kernel sm_80 224 0 36864 2 36.7 HMMA
   _attention_dq_kernel sm_80 248 0 53248 2 25.6 HMMA
   _attention_dkdv_kernel sm_80 232 0 53248 2 38.2 HMMA
-  _attention_forward_kernel sm_90 216 0 81920 2 17.3 HGMMA
-  _attention_dq_kernel sm_90 208 0 131072 1 15.2 HGMMA
+  _attention_forward_kernel sm_90 216 0 81920 2 16.6 HGMMA
+  _attention_dq_kernel sm_90 192 0 131072 1 13.7 HGMMA
   _attention_dkdv_kernel sm_90 255 0 114688 1 18.4 HGMMA
   _attention_forward_kernel sm_100 224 0 82944 2 22.7 UTCHMMA
   _attention_dq_kernel sm_100 112 0 115712 2 23.0 UTCHMMA
@@ -355,8 +359,8 @@ causal_attention B4-T4096-H12-D128-bf16-p0.2
   _attention_forward_kernel sm_80 248 0 36864 2 51.4 HMMA
   _attention_dq_kernel sm_80 255 0 53248 2 41.0 HMMA
   _attention_dkdv_kernel sm_80 255 0 53248 2 70.4 HMMA
-  _attention_forward_kernel sm_90 248 0 81920 2 23.7 HGMMA
-  _attention_dq_kernel sm_90 216 0 131072 1 21.7 HGMMA
+  _attention_forward_kernel sm_90 255 0 81920 2 22.6 HGMMA
+  _attention_dq_kernel sm_90 240 0 131072 1 20.2 HGMMA
   _attention_dkdv_kernel sm_90 255 0 114688 1 24.2 HGMMA
   _attention_forward_kernel sm_100 248 0 82944 2 29.1 UTCHMMA
   _attention_dq_kernel sm_100 136 0 115712 1 30.0 UTCHMMA
@@ -368,8 +372,8 @@ causal_attention B4-T4096-H12-D256-bf16
   _attention_forward_kernel sm_89 208 0 73728 1 54.0 HMMA
   _attention_dq_kernel sm_89 224 0 65536 1 58.0 HMMA
   _attention_dkdv_kernel sm_89 255 0 67584 1 66.6 HMMA
-  _attention_forward_kernel sm_90 255 0 196608 1 22.3 HGMMA
-  _attention_dq_kernel sm_90 240 0 196608 1 29.1 HGMMA
+  _attention_forward_kernel sm_90 255 0 196608 1 20.6 HGMMA
+  _attention_dq_kernel sm_90 224 0 196608 1 23.2 HGMMA
   _attention_dkdv_kernel sm_90 255 0 131072 1 52.8 HGMMA+HMMA
   _attention_forward_kernel sm_100 255 0 86016 1 30.2 UTCHMMA
   _attention_dq_kernel sm_100 255 0 196616 1 23.5 UTCHMMA
@@ -378,8 +382,8 @@ causal_attention B4-T4096-H12-D256-bf16
   _attention_dq_kernel gfx942 224 0 32768 2 63.0 v_mfma
   _attention_dkdv_kernel gfx942 296 0 32768 1 124.0 v_mfma
 causal_attention B4-T4096-H12-D256-bf16-p0.2
-  _attention_forward_kernel sm_90 255 16 196608 1 29.7 HGMMA
-  _attention_dq_kernel sm_90 255 0 196608 1 35.4 HGMMA
+  _attention_forward_kernel sm_90 255 30 196608 1 27.0 HGMMA
+  _attention_dq_kernel sm_90 240 0 196608 1 29.9 HGMMA
   _attention_dkdv_kernel sm_90 248 0 131072 1 58.9 HGMMA+HMMA
 causal_attention B4-T4096-H12-D256-fp32
   _attention_forward_kernel sm_89 255 4 33792 1 950.4 -
@@ -398,8 +402,8 @@ causal_attention B64-T256-H6-D85-bf16-p0.2
   _attention_dq_kernel sm_90 248 0 81920 1 27.5 HGMMA
   _attention_dkdv_kernel sm_90 255 52 77824 1 57.3 HGMMA+HMMA
 causal_attention B64-T256-H6-D88-bf16-p0.2
-  _attention_forward_kernel sm_90 255 0 81920 2 24.3 HGMMA
-  _attention_dq_kernel sm_90 232 0 131072 1 22.0 HGMMA
+  _attention_forward_kernel sm_90 255 0 81920 2 22.9 HGMMA
+  _attention_dq_kernel sm_90 255 0 131072 1 20.4 HGMMA
   _attention_dkdv_kernel sm_90 255 12 114688 1 26.2 HGMMA
 causal_attention B64-T256-H6-D64-fp32-p0.2
   _attention_forward_kernel sm_90 255 0 20480 2 214.2 -

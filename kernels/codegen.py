@@ -33,7 +33,7 @@ import torch
 from kernels import backend
 from kernels.budgets import BUDGETS, CASES, OPS, WORK, Case
 from kernels.command_line import Parser, rerun, table
-from kernels.disassembly import Loop, count, find_loops, read_amdgcn, read_sass
+from kernels.disassembly import Loop, count, find_loops, read_amdgcn, read_sass, wgmma_waits
 from kernels.gpus import GPU, GPUS, MULTIPROCESSORS, occupancy
 
 ARCHES = tuple(MULTIPROCESSORS)
@@ -91,6 +91,7 @@ class Report:
     occupancy: int  # programs on one multiprocessor
     limiter: str
     tensor_core: dict[str, int]  # opcode -> count
+    wgmma_waits: int  # how many wgmma are waited for before the next
     global_loads: dict[str, int]  # "LDG.128" -> count
     transcendental: int
     instructions: int
@@ -208,6 +209,7 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], args, kwargs, arch: str) 
         occupancy=programs,
         limiter=limiter,
         tensor_core=dict(count([i for i in code if i.tensor_core])),
+        wgmma_waits=wgmma_waits(code),
         global_loads=dict(Counter(i.global_load for i in code if i.global_load)),
         transcendental=sum(i.transcendental for i in code),
         instructions=count(code).total(),

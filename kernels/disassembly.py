@@ -189,6 +189,17 @@ def count(instructions: list[Instruction]) -> Counter:
     return Counter(i.opcode for i in instructions if i.opcode not in ("NOP", "s_nop"))
 
 
+def wgmma_waits(instructions: list[Instruction]) -> int:
+    """How many wgmma are waited for before the next is issued: one a product, or all if serial."""
+    waits, issued = 0, False
+    for instruction in instructions:
+        if instruction.opcode.startswith("HGMMA"):
+            issued = True
+        elif issued and instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            waits, issued = waits + 1, False
+    return waits
+
+
 def find_loops(instructions: list[Instruction]) -> list[Loop]:
     """The natural loops in program order; see the module's docstring."""
     starts, successors = _blocks(instructions)

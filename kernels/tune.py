@@ -27,12 +27,13 @@ KERNELS = ("forward", "dq", "dkdv")
 HEAD_SIZES = (64, 128, 256)
 SIZES = {512: (64, 6, 256), None: (4, 12, 4096)}  # most keys of a row -> B, H, T
 _REPEATS = 20
+Tensors = tuple[torch.Tensor, ...]
 
 
 def candidates(kernel: str, architecture: str) -> list[Plan]:
     """Every plan worth a measurement; registers are capped where so many programs then fit."""
     caps = (None, 168, 128) if architecture.startswith("sm_") else (None,)
-    loops = (False, True) if kernel == "forward" else (False,)
+    loops = (False,) if kernel == "dkdv" else (False, True)
     blocks = itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3), caps, loops)
     plans = [Plan(*block) for block in blocks if block[0] * block[1] <= 128 * 128 // 2]
     return [plan for plan in plans if plan.num_warps == 4 or plan.registers is None]
@@ -109,7 +110,7 @@ def _time_ms(run: Callable[[], None], flush: torch.Tensor) -> float:
     return statistics.median(times)
 
 
-def _launcher(kernel: str, B, H, T, D, dtype, dropout_p) -> Callable[[Plan], None]:
+def _launcher(kernel: str, B, H, T, D, dtype, dropout_p) -> Callable[[Plan | None], Tensors]:
     """What runs `kernel` with a plan; of the backward, the other kernel keeps its own plan."""
     qkv = torch.randn(B, T, 3, H, D, device="cuda", dtype=dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -118,23 +119,36 @@ def _launcher(kernel: str, B, H, T, D, dtype, dropout_p) -> Callable[[Plan], Non
     options = torch.tensor([1, 2, 0], device="cuda"), D**-0.5, dropout_p, 16
     lse = attention_kernels.forward(q, k, v, o, *options)
 
-    def run(plan: Plan) -> None:
+    def run(plan: Plan | None) -> Tensors:
         if kernel == "forward":
             attention_kernels.forward(q, k, v, o, *options, blocks=plan)
-        else:
-            blocks = {f"{kernel}_blocks": plan}
-            attention_kernels.backward(o, q, k, v, o, lse, *gradients, *options, **blocks)
+            return (o,)
+        blocks = {f"{kernel}_blocks": plan}
+        attention_kernels.backward(o, q, k, v, o, lse, *gradients, *options, **blocks)
+        return gradients
 
     return run
 
 
+def agree(results: Tensors, expected: Tensors) -> bool:
+    """Whether results of two plans differ by no more than rounding; a compiler may err, too."""
+    return all(
+        bool((a.float() - b.float()).abs().max() <= 2**-5 * b.float().abs().max())
+        for a, b in zip(results, expected, strict=True)
+    )
+
+
 def _measure(kernel: str, size, D: int, plan: Plan, dtype, dropout_p: float) -> float | None:
-    """Milliseconds at size (B, H, T), or None if the plan asks for too much."""
+    """Milliseconds at size (B, H, T), or None if the plan asks for too much or computes wrong."""
     from triton.errors import TritonError
 
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     run = _launcher(kernel, *size, D, dtype, dropout_p)
     try:
+        expected = tuple(tensor.clone() for tensor in run(None))
+        if not agree(run(plan), expected):
+            print(f"  {plan}: not the shipped plan's results", file=sys.stderr, flush=True)
+            return None
         return _time_ms(functools.partial(run, plan), flush)
     except (TritonError, RuntimeError) as error:  # OutOfResources, or the compiler gave up
         if isinstance(error, torch.AcceleratorError):  # then nothing can run any more

@@ -188,14 +188,17 @@ def test_2x_rule_packed(backend, dropout_p, device):
 def test_one_loop_takes_what_two_take(Tq, Tk, dropout_p, device):
     """Bit for bit: of tiles below the diagonal nothing is hidden."""
     pytest.importorskip("triton", reason="needs triton")
-    q, k, v, _ = draw((2, 2, Tq, Tk, 16), device, torch.float16)
+    q, k, v, do = draw((2, 2, Tq, Tk, 16), device, torch.float16)
+    options = make_key(3, 4, device=device), 0.3, dropout_p, SITE
     results = []
     for one_loop in (False, True):
-        o = torch.full_like(q, float("nan"))
-        blocks = attention_kernels.Plan(16, 32, 4, 1, one_loop=one_loop)
-        options = make_key(3, 4, device=device), 0.3, dropout_p, SITE, blocks
-        results.append((o, attention_kernels.forward(q, k, v, o, *options)))
-    assert all(map(torch.equal, *results)) and results[0][0].isfinite().all()
+        o, dq = torch.full_like(q, float("nan")), torch.full_like(q, float("nan"))
+        plan = attention_kernels.Plan(16, 32, 4, 1, one_loop=one_loop)
+        lse = attention_kernels.forward(q, k, v, o, *options, blocks=plan)
+        gradients = dq, torch.empty_like(k), torch.empty_like(v)
+        attention_kernels.backward(do, q, k, v, o, lse, *gradients, *options, dq_blocks=plan)
+        results.append((o, lse, dq))
+    assert all(map(torch.equal, *results)) and all(x.isfinite().all() for x in results[0])
 
 
 def test_a_plans_registers_reach_the_compiler():

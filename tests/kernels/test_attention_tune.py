@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 import types
@@ -90,7 +91,15 @@ def test_candidates_come_by_their_distance_from_the_shipped_plan():
     assert set(plans[1:8]) == one_away
     assert plans[-1] == Plan(128, 16, 4, 3, 128, one_loop=True)
     assert {plan.registers for plan in tune.candidates("dq", "gfx942")} == {None}
-    assert not any(plan.one_loop for plan in tune.candidates("dq", "sm_90"))
+    assert not any(plan.one_loop for plan in tune.candidates("dkdv", "sm_90"))
+
+
+@pytest.mark.parametrize(
+    ("error", "same"), [(0.0, True), (1e-3, True), (0.1, False), (math.nan, False)]
+)
+def test_a_plan_that_computes_something_else_is_seen(error, same):
+    expected = torch.randn(40), torch.randn(3, 5)
+    assert tune.agree((expected[0], expected[1] + error), expected) == same
 
 
 @pytest.fixture
@@ -164,10 +173,15 @@ def test_what_was_measured_is_printed_before_the_rest(gpu, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "time"),
-    [(RuntimeError("spilled"), None), (torch.AcceleratorError("lost"), "raised"), (None, 2.0)],
+    ("error", "result", "time"),
+    [
+        (RuntimeError("spilled"), 1.0, None),
+        (torch.AcceleratorError("lost"), 1.0, "raised"),
+        (None, 1.0, 2.0),
+        (None, 1.5, None),
+    ],
 )
-def test_a_candidate_that_cannot_be_compiled_is_passed_by(error, time, monkeypatch):
+def test_a_candidate_that_cannot_run_or_errs_is_passed_by(error, result, time, monkeypatch):
     """But not an error of the device, after which nothing runs."""
     pytest.importorskip("triton", reason="needs triton")
     names = {"empty": lambda *_, **__: None, "int8": None}
@@ -178,8 +192,11 @@ def test_a_candidate_that_cannot_be_compiled_is_passed_by(error, time, monkeypat
             raise error
         return 2.0
 
+    def run(plan):
+        return (torch.full((3,), 1.0 if plan is None else result),)
+
     monkeypatch.setattr(tune, "torch", fake)
-    monkeypatch.setattr(tune, "_launcher", lambda *_: print)
+    monkeypatch.setattr(tune, "_launcher", lambda *_: run)
     monkeypatch.setattr(tune, "_time_ms", time_ms)
     with pytest.raises(torch.AcceleratorError) if time == "raised" else contextlib.nullcontext():
         assert tune._measure("dq", (1, 1, 1), 64, SLOW, None, 0.0) == time

@@ -155,6 +155,7 @@ ROW = {
     "occupancy": 2,
     "per_element": 20.0,
     "tensor_core": {"HGMMA.64x64x16.F32.BF16": 8},
+    "wgmma_waits": 2,
 }
 
 
@@ -169,6 +170,7 @@ ROW = {
         ({"per_element": 20.1}, "instructions per element"),
         ({"per_element": None}, "instructions per element"),
         ({"tensor_core": {"HMMA.16816.F32.BF16": 32}}, "tensor core"),
+        ({"wgmma_waits": 8}, "waits for 8 wgmma < 8"),
         ({"tensor_core": {"HGMMA.64x64x16": 8, "HMMA.16816.F32.BF16": 32}}, "tensor core"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -196,6 +198,7 @@ REPORT = codegen.Report(
     *("_kernel", "sm_90", (1,), {}, 4, 1, 128, 0, 0, 0, 0, 1, "registers"),
     tensor_core={"HGMMA.64x64x16.F32.BF16": 3, "HMMA.16816.F32.BF16": 8},
     **{"global_loads": {}, "transcendental": 0, "instructions": 1, "loops": (), "bytes": 0},
+    wgmma_waits=1,
 )
 
 
