@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EVALUATION_TOKENS = 4096  # per forward at least; small training batches would waste the CPU
 EVALUATION_LOGITS = 1 << 26  # per forward at most, but for one sequence: 256 MB in float32
+GPU_TIMES = 8  # so many more on a GPU, which launches, not memory, would hold up
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def in_pieces(
     model: GPTConfig, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The batches, cut between rows into such as EVALUATION_LOGITS allows."""
-    rows = max(1, EVALUATION_LOGITS // (model.block_size * model.vocab_size))
     for idx, targets in batches:
+        most = EVALUATION_LOGITS * (GPU_TIMES if idx.is_cuda else 1)
+        rows = max(1, most // (model.block_size * model.vocab_size))
         yield from zip(idx.split(rows), targets.split(rows), strict=True)
 
 

@@ -82,10 +82,22 @@ def test_logits_of_an_evaluation_are_bounded(prepared, monkeypatch, mode):
         assert dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), rel=1e-6)
 
 
-def test_what_is_evaluated_at_once():
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "rows"),
+    [
+        (torch.Tensor, 65, [12]),
+        (torch.Tensor, 12_576, [5, 5, 2]),
+        (torch.Tensor, 50_304, [1] * 12),
+        (OnGPU, 50_304, [10, 2]),
+    ],
+)
+def test_what_is_evaluated_at_once(kind, vocab_size, rows):
     """Of a small model all; of a large vocabulary as many as 256 MB hold; at least one."""
-    batch = torch.zeros(2, 12, 1024, dtype=torch.int64).unbind()
-    for vocab_size, rows in ((65, [12]), (12_576, [5, 5, 2]), (50_304, [1] * 12)):
-        config = GPTConfig(vocab_size=vocab_size, block_size=1024)
-        pieces = list(evaluation.in_pieces(config, [batch]))
-        assert [len(idx) for idx, _ in pieces] == [len(targets) for _, targets in pieces] == rows
+    batch = [torch.zeros(12, 1024, dtype=torch.int64).as_subclass(kind) for _ in range(2)]
+    config = GPTConfig(vocab_size=vocab_size, block_size=1024)
+    pieces = list(evaluation.in_pieces(config, [batch]))
+    assert [len(idx) for idx, _ in pieces] == [len(targets) for _, targets in pieces] == rows

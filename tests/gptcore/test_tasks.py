@@ -259,3 +259,12 @@ def test_a_file_called_add_is_a_file():
     assert task_of(TrainConfig(data="./add")) is None
     assert task_of(TrainConfig(data="add")).operations == "+"
     assert task_of(TrainConfig(data="arithmetic", operations="*+")).operations == "+*"
+
+
+@pytest.mark.slow
+def test_addition_is_learnt(tmp_path):
+    """README's command: at least 99% of the held-out problems, solved to the last digit."""
+    train(parse_settings(["--preset=add", "--device=cpu", f"--out_dir={tmp_path / 'run'}"]))
+    end = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    print(f"\n{end['val_exact_match']:.2%} solved after {end['elapsed_s']:.0f} s")
+    assert end["val_exact_match"] >= 0.99
