@@ -13,7 +13,6 @@ Formula
 """
 
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ from kernels.codegen import Launch, distinct_launches
 from kernels.gpus import product
 
 ROUNDS, QUICK_ROUNDS = 30, 10
+LAUNCHES = (1, 4, 16)  # for each round, until a profile has as many records as rounds
 
 Timer = Callable[[Launch, int], list[float]]  # launch, rounds -> microseconds of each round
 
@@ -38,24 +38,29 @@ Timer = Callable[[Launch, int], list[float]]  # launch, rounds -> microseconds o
 def profiled(stopwatch: Stopwatch) -> Timer:
     """A timer that reads the profiler's record of the kernel, from its first to its last cycle.
 
-    CUPTI of CUDA 12.6 to 13.0 loses the first records of a profile, one more each profile of a
-    process (pytorch/pytorch#192021): so many launches more are made, and the last ones count.
+    A profile may lack its first records, the more the longer the GPU has idled in this process
+    (pytorch/pytorch#192021): then more launches are made, and the last ones count.
     """
-    profiles = itertools.count()
 
-    def time(launch: Launch, rounds: int) -> list[float]:
-        call = restart(launch)
-        call()
+    def recorded(launch: Launch, call: Call, launches: int) -> list[float]:
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
-            for _ in range(next(profiles) + rounds):
+            for _ in range(launches):
                 stopwatch.flush()
                 call()
             torch.cuda.synchronize(stopwatch.device)
-        found = [
+        return [
             event.time_range.elapsed_us()
             for event in trace.events()
             if event.device_type == DeviceType.CUDA and event.name == launch.name
         ]
+
+    def time(launch: Launch, rounds: int) -> list[float]:
+        call = restart(launch)
+        call()
+        found = []
+        for factor in LAUNCHES:
+            if len(found) < rounds:
+                found = recorded(launch, call, factor * rounds)
         return found[-rounds:]
 
     return time

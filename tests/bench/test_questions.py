@@ -254,6 +254,18 @@ def test_greedy_tokens_are_checked_against_float64():
     assert not check_tokens(tokens, source, torch.float32).passed
 
 
+def test_memory_of_peers_that_time_themselves_is_measured_here(monkeypatch):
+    from bench import step
+
+    fields = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
+    options = dataclasses.replace(OPTIONS, data="pydoc", peers=("naive",))
+    case = step.step_case(step.Size("tiny", "baby-cpu", fields), options, shape={"kind": "step"})
+    monkeypatch.setattr(memory, "cases", lambda options: [case])
+    content = memory.answer(options, None, None, None)
+    peaks = content["peaks_mb"]["step"]["8"]
+    assert not content["absent"] and peaks.keys() == {OURS, "naive"} and min(peaks.values()) > 0
+
+
 @pytest.mark.parametrize("name", [OURS, "peer"])
 def test_memory_that_broke_fails_the_run_if_it_is_ours(name, monkeypatch):
     def broke():
@@ -324,6 +336,35 @@ def test_a_kernel_that_the_profile_lacks_is_absent_and_the_rest_goes_on(monkeypa
 def test_without_a_gpu_kernels_say_so(capsys):
     content = kernels.answer(OPTIONS, None, CEILINGS, None)
     assert "kernel_times" not in content and "runs on a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost, found", [(0, 3), (2, 3), (20, 3), (47, 1), (60, 0)])
+def test_a_profile_that_lacks_its_first_records_is_made_up_for(lost, found, monkeypatch):
+    """What comes back are the last launches, as many as rounds if a profile has them."""
+    launched = []
+
+    class Profile:
+        def __init__(self, **_):
+            self.first = len(launched)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            for us in launched[self.first + lost :]:
+                took = types.SimpleNamespace(elapsed_us=lambda us=us: us)
+                of_kernel = {"device_type": kernels.DeviceType.CUDA, "name": "_kernel"}
+                yield types.SimpleNamespace(time_range=took, **of_kernel)
+
+    monkeypatch.setattr(kernels, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(kernels, "restart", lambda _: lambda: launched.append(len(launched)))
+    launch = types.SimpleNamespace(name="_kernel")
+    times = kernels.profiled(Stopwatch(CPU, cache_bytes=0))(launch, 3)
+    assert times == launched[len(launched) - found :]
 
 
 @pytest.mark.gpu

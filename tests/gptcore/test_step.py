@@ -1,5 +1,6 @@
 """One update: the same on every path, master weights in float32, and what is never captured."""
 
+import contextlib
 import math
 import threading
 
@@ -200,6 +201,50 @@ def test_a_captured_update_equals_the_eager_one_bit_for_bit(prepared, flags, dty
     assert captured.update.graph is not None
     assert losses[0] == losses[1] and len(set(losses[0])) == 10
     assert all(map(torch.equal, state_of(captured), state_of(eager)))
+
+
+def test_a_capture_that_fails_leaves_eager_updates(prepared, monkeypatch):
+    """With a stand-in: it changes no number, and leaves gradients that were never computed."""
+    run, plain = (prepared("--cuda_graph=false", "--dropout=0.2") for _ in range(2))
+    before = state_of(run)
+
+    @contextlib.contextmanager
+    def graph(graph, **mode):
+        start = [tensor.clone() for tensor in state_of(run)], run.update.key.clone()
+        yield
+        with torch.no_grad():
+            for parameter, value in zip(run.model.parameters(), start[0], strict=False):
+                parameter.copy_(value)
+                parameter.grad = torch.ones_like(parameter)
+            run.optimizer.state.clear()
+            run.update.key.copy_(start[1])
+        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    run.update.updates = step_module.EAGER_UPDATES
+    with pytest.warns(UserWarning, match="run eagerly, because its capture failed: operation not"):
+        loss = run.update._on_gpu()
+    assert loss.item() == plain.update().item() and not all(map(torch.equal, before, state_of(run)))
+    assert run.update.graph is None and "second line" not in run.update.how
+    run.update.step += 1  # as a call of the whole update does
+    assert [run.update().item() for _ in range(3)] == [plain.update().item() for _ in range(3)]
+
+
+def test_a_capture_without_memory_ends_the_run(prepared, monkeypatch):
+    """That is mended by a smaller batch, not by eager updates."""
+
+    @contextlib.contextmanager
+    def graph(graph, **mode):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    run = prepared("--cuda_graph=false")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    run.update.updates = step_module.EAGER_UPDATES
+    with pytest.raises(torch.OutOfMemoryError):
+        run.update._on_gpu()
 
 
 @pytest.mark.gpu
