@@ -2,6 +2,8 @@
 
 Model
     step = products + attention + other kernels + optimizer + dispatch + exposed all-reduce
+    Dispatch is what lies between a GPU's kernels, which are counted as forward and backward start
+    them on meta tensors, or around a CPU's ops.
     Each kind of work takes max(FLOPs / rate, bytes / bandwidth), both as `gptcore.roofline` counts
     them. A fused kernel takes its measured time where bench/results has one, else the static bound
     of `kernels.codegen`, else its floor, over an assumed efficiency. A ring all-reduce over N GPUs
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import models, render
 from bench import record as recording
@@ -26,6 +29,7 @@ from gptcore.flags import split_fields
 from gptcore.model import GPT
 from gptcore.presets import PRESETS
 from gptcore.roofline import ATTENTION, OPTIMIZER, OTHER, PRODUCTS, model_flops, work_of
+from kernels import backend
 from kernels.budgets import CASES, Case
 from kernels.gpus import GPU, GPUS
 
@@ -35,8 +39,11 @@ COPY_FRACTION = 4.3 / 4.8  # likewise
 PRODUCT_EFFICIENCY = 0.75  # of the rate of a large square product, shapes of a training step
 KERNEL_EFFICIENCY = 0.7  # a kernel's static bound over its time; none measured here yet
 GRAPH_GAP_S = 1.0e-6  # between kernels of a CUDA graph
-KERNELS = (22, 14)  # of one layer and of the rest, forward, backward and optimizer; 146 in 6 layers
+# Beside forward and backward: batch 4, norm 4, clipping 4, check 7, AdamW 4, rounding 2, key 1.
+UPDATE_KERNELS = 26
 MUON_KERNELS = 100  # of an update by Muon beside AdamW's, however many layers
+# Ops that start no kernel, views aside.
+WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "_unsafe_view", "promote_types")
 CPU_CALLS = (70, 90)  # dispatched operations of one layer and of the rest, autograd included
 # What one of them costs with Python and autograd around it, in bare calls: between 4 and 9 in the
 # steps of 64 to 256 channels on two AVX2 cores (bench/results/cpu.json).
@@ -51,7 +58,12 @@ BACKWARD_SHARE = 2 / 3  # of the step without its optimizer
 
 @dataclass(frozen=True)
 class Machine:
-    """What bounds a step. Rates a second; `calls` dispatched operations (a layer, the rest)."""
+    """What bounds a step. Rates a second.
+
+    Attributes:
+        calls: dispatched operations, or a GPU's kernels, of a layer and of the rest.
+        update_calls: those that a step has once, however many its micro-batches.
+    """
 
     name: str
     matmul: float
@@ -59,34 +71,85 @@ class Machine:
     call_s: float
     calls: tuple[int, int]
     dtype: torch.dtype
+    update_calls: int = 0
     philox_s: float = 0.0
     efficiency: float = 1.0  # of fused kernels
 
 
-def machine_of(gpu: GPU) -> Machine:
-    """A GPU at the fractions of its data sheet that one H200 was measured to reach."""
+class _Counter(TorchDispatchMode):
+    """Counts the ops that start a kernel on a GPU, in `kernels`' operators, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function._schema.name, kwargs or {}
+        if name in backend.OPERATORS:
+            with self:
+                return backend.OPERATORS[name](*args, **kwargs)
+        self.count += not (function.is_view or name.removeprefix("aten::") in WITHOUT_KERNEL)
+        return function(*args, **kwargs)
+
+
+def kernels_of(config: GPTConfig, sequences: int, arch: str) -> tuple[int, int]:
+    """Kernels of one layer and of the rest of a model, forward and backward, in bfloat16.
+
+    What a library starts beside a product, to split its sum, is not known here.
+    """
+
+    def count(layers: int) -> int:
+        model = models.meta(config.replace(n_layer=layers, backend="triton")).bfloat16()
+        idx = torch.zeros(sequences, config.block_size, dtype=torch.int64, device="meta")
+        key = torch.zeros(3, dtype=torch.int64, device="meta")
+        counter = _Counter()
+
+        def launched(*_) -> None:  # keeps none: of a gradient that is held autograd takes a copy
+            counter.count += 1
+
+        with backend.recording(launched, arch), counter:
+            _, loss = model(idx, idx, key, return_logits=False)
+            loss.backward()
+        return counter.count
+
+    one, two = count(1), count(2)
+    return two - one, 2 * one - two
+
+
+def machine_of(gpu: GPU, config: GPTConfig, sequences: int) -> Machine:
+    """A GPU at the fractions of its data sheet that one H200 was measured to reach.
+
+    Args:
+        sequences: of a micro-batch of `config`.
+    """
     return Machine(
         name=gpu.name,
         matmul=gpu.tensor_rate["bfloat16"] * MATMUL_FRACTION * PRODUCT_EFFICIENCY,
         bandwidth=gpu.bandwidth * COPY_FRACTION,
         call_s=GRAPH_GAP_S,
-        calls=KERNELS,
+        calls=kernels_of(config, sequences, gpu.arch),
+        update_calls=UPDATE_KERNELS,
         dtype=torch.bfloat16,
         efficiency=KERNEL_EFFICIENCY,
     )
 
 
-def measured_machine(record, question: str, dtype: str) -> Machine:
-    """The machine of a record, at the rates measured just before `question` was asked."""
+def measured_machine(record, question: str, case) -> Machine:
+    """The machine of a record's case, at the rates measured just before `question` was asked."""
     ceilings = record["questions"][question]["ceilings"]
     cpu = record["environment"]["device_type"] == "cpu"
+    calls, update_calls = CPU_CALLS, 0
+    if not cpu:
+        calls = kernels_of(GPTConfig(**case["config"]), case["shape"]["B"], "sm_90")
+        update_calls = UPDATE_KERNELS
     return Machine(
         name=record["environment"]["device"],
         matmul=ceilings["matmul_tflops"] * 1e12 * PRODUCT_EFFICIENCY,
         bandwidth=ceilings["copy_gbps"] * 1e9,
         call_s=ceilings["dispatch_us"] * 1e-6 * CPU_CALL_COST if cpu else GRAPH_GAP_S,
-        calls=CPU_CALLS if cpu else KERNELS,
-        dtype=getattr(torch, dtype),
+        calls=calls,
+        update_calls=update_calls,
+        dtype=getattr(torch, case["dtype"]),
         philox_s=PHILOX_S if cpu else 0.0,
         efficiency=1.0 if cpu else KERNEL_EFFICIENCY,
     )
@@ -120,10 +183,10 @@ def terms(
     }
     found |= {kind: micro_batches * seconds for kind, seconds in (kernels or {}).items()}
     calls = machine.calls[0] * config.n_layer + machine.calls[1]
-    muon = MUON_KERNELS if train.optimizer == "muon" else 0
+    once = machine.update_calls + (MUON_KERNELS if train.optimizer == "muon" else 0)
     found |= {
         "masks": dropped_elements(config, train.sequences) * machine.philox_s,
-        "dispatch": (micro_batches * calls + muon) * machine.call_s,
+        "dispatch": (micro_batches * calls + once) * machine.call_s,
         OPTIMIZER: floor(OPTIMIZER),
     }
     return {name: seconds for name, seconds in found.items() if seconds}
@@ -179,7 +242,7 @@ def static_kernels(config: GPTConfig, B: int, T: int, gpu: GPU) -> tuple[dict[st
 
     Measured times of bench/results count as they are, static bounds over KERNEL_EFFICIENCY.
     """
-    from kernels import backend, codegen
+    from kernels import codegen
 
     if not backend.HAS_TRITON or backend.interpreting():
         return {}, "bounds of fused kernels: their floors, for Triton cannot compile here"
@@ -215,7 +278,7 @@ def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
         gradient_accumulation_steps=train.gradient_accumulation_steps // shared,
     )
     B, micro_batches = train.batch_size, train.gradient_accumulation_steps
-    T, machine, built = config.block_size, machine_of(chosen), models.meta(config)
+    T, machine, built = config.block_size, machine_of(chosen, config, B), models.meta(config)
     parameters = built.num_parameters()
     kernels, remark = static_kernels(config, B, T, chosen)
     found = terms(built, train, machine, kernels)
@@ -245,7 +308,7 @@ def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
     )
     print(
         "\nassumed\n"
-        + "\n".join(f"- {line}" for line in [remark, *assumptions(chosen, gpus, ring)])
+        + "\n".join(f"- {line}" for line in [remark, *assumptions(chosen, machine, gpus, ring)])
     )
     print(validation_text(results))
     return 0
@@ -260,7 +323,7 @@ def preset(name: str) -> tuple[TrainConfig, GPTConfig]:
     return TrainConfig(**train), config
 
 
-def assumptions(gpu: GPU, gpus: int, ring: float) -> list[str]:
+def assumptions(gpu: GPU, machine: Machine, gpus: int, ring: float) -> list[str]:
     """One line each."""
     lines = [
         f"fused kernels reach {KERNEL_EFFICIENCY:.0%} of their bound (none timed yet)",
@@ -268,8 +331,9 @@ def assumptions(gpu: GPU, gpus: int, ring: float) -> list[str]:
         f"{gpu.tensor_rate['bfloat16'] / 1e12:,.0f} TFLOP/s, copies {COPY_FRACTION:.0%} of "
         f"{gpu.bandwidth / 1e12:.2f} TB/s (one H200: 790 of 989, 4.3 of 4.8; square products, "
         f"{PRODUCT_EFFICIENCY:.0%} of that for the step's shapes)",
-        f"the step is one CUDA graph: {KERNELS[0]} kernels a layer and {KERNELS[1]} more, "
-        f"another {MUON_KERNELS} under Muon, {GRAPH_GAP_S * 1e6:g} us between two",
+        f"the step is one CUDA graph, {GRAPH_GAP_S * 1e6:g} us between two kernels: of a "
+        f"micro-batch {machine.calls[0]} a layer and {machine.calls[1]} more (counted), of the "
+        f"update {machine.update_calls}, another {MUON_KERNELS} under Muon",
     ]
     if gpus > 1:
         lines.append(
@@ -292,7 +356,7 @@ def validation(results: Path) -> list[tuple[str, str, float, float]]:
                 ours = render.timed(case, "gptcore")
                 if ours is None:
                     continue
-                machine = measured_machine(record, question, case["dtype"])
+                machine = measured_machine(record, question, case)
                 model = models.meta(GPTConfig(**case["config"]))
                 train = TrainConfig(batch_size=case["shape"]["B"])
                 predicted = 1e3 * sum(terms(model, train, machine).values())

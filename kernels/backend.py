@@ -165,10 +165,14 @@ def has_storage(tensor: torch.Tensor) -> bool:
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
 
 
+OPERATORS: dict[str, Callable] = {}  # by full name, what each of them runs
+
+
 def operator(name: str, function: Callable) -> Any:
     """`function` as the operator kernels::name, its own fake: fake tensors launch nothing."""
     op = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
     op.register_fake(function)
+    OPERATORS[f"kernels::{name}"] = function
     return op
 
 

@@ -183,7 +183,7 @@ def _linear_cross_entropy_forward(
     losses = x.new_empty(M, dtype=accumulation)
     dx = x.new_empty((M if needs_dx else 0, C), dtype=x.dtype if triton else accumulation)
     dweight = losses.new_empty(V if needs_dweight else 0, C)
-    dbias = losses.new_zeros(V if needs_dbias else 0)
+    dbias = losses.new_empty(V if needs_dbias else 0)
 
     R = _rows_per_chunk(M, V, dtype.itemsize)
     buffer = x.new_empty((R, _round_up(V, _ROW_ALIGNMENT)), dtype=dtype)
@@ -206,11 +206,15 @@ def _linear_cross_entropy_forward(
                 dlogits = _eager_chunk(
                     logits, targets_c, scales_c, losses_c, needs_dlogits, ignore_index
                 )
-            if needs_dbias:
+            if needs_dbias and start == 0:
+                torch.sum(dlogits, 0, dtype=accumulation, out=dbias)
+            elif needs_dbias:
                 dbias += dlogits.sum(0, dtype=accumulation)
             if needs_dx or needs_dweight:
                 dlogits = dlogits.to(dtype)
-            if needs_dx:
+            if needs_dx and dx.dtype == dtype:
+                torch.mm(dlogits, weight, out=dx[chunk])
+            elif needs_dx:
                 dx[chunk] = dlogits @ weight
             if needs_dweight:
                 _accumulate_product(dweight, dlogits.mT, x_c, first=start == 0)

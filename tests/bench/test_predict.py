@@ -64,6 +64,22 @@ def test_calls_masks_and_kernels_of_a_step_by_hand():
     assert (found[ATTENTION], found[OTHER]) == (2.5, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [({}, 0), ({"qkv_bias": True}, 1), ({"position": "rotary"}, 2), ({"activation": "gelu"}, 0)],
+    ids=["notebook", "qkv_bias", "rotary", "gelu"],
+)
+def test_kernels_of_a_layer_by_hand(changes, more):
+    """Products, attention, LayerNorm, activation, and what sums gradients of rows: 12+3+4+1+3."""
+    pytest.importorskip("triton", reason="launches are recorded as Triton sees them")
+    config = predict.preset("notebook")[1].replace(**changes)
+    layer, rest = predict.kernels_of(config, 64, "sm_90")
+    assert layer == 4 + 8 + 3 + 2 * 2 + 1 + 3 + more
+    assert predict.kernels_of(config.replace(n_layer=12, dropout=0.0), 64, "sm_90")[0] == layer
+    if not changes:  # embedding, a LayerNorm, head and loss, three scaled gradients, and autograd
+        assert rest == 4 + 3 + 6 + 3 + 2
+
+
 @pytest.mark.parametrize("name", ["notebook", "gpt2-124m", "speedrun"])
 def test_fused_cases_move_the_bytes_of_other_kernels(name):
     """Each kernel once and none left out: but for partial sums, the bytes of `work_of`."""
@@ -124,7 +140,7 @@ def test_a_printed_step_by_hand(floors, monkeypatch, tmp_path, capsys):
         PRODUCTS: "29.4",  # 3 * 2 * (12 * 274 + 1616) bytes
         ATTENTION: "6.58",  # 4,608 over 0.7
         OTHER: "19.1",  # 13,344 over 0.7
-        "dispatch": "0.0580",  # (22 * 2 + 14) us
+        "dispatch": "0.0900",  # (23 * 2 + 18 + 26) us
         OPTIMIZER: "84.2",
         "all-reduce not hidden": "39.8",  # 4 * 1,914 / 100 + 0.01 less 2/3 of the first four
         "all": "179",

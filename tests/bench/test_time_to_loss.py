@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import ablation, time_to_loss
-from bench.ablation import BATCHES, STEPS, VARIANTS, WHOLE, table, variants
+from bench.ablation import BATCHES, RATES, STEPS, VARIANTS, WHOLE, table, variants
 from bench.harness import OURS, Options, Skip
 from bench.run import broken
 from gptcore.config import ConfigError, GPTConfig, RunError
@@ -255,6 +255,7 @@ def test_every_variant_of_the_ablation_is_a_setting_the_preset_has_not(preset):
         return config, GPTConfig(**fields)
 
     whole = settings(variants(preset)[WHOLE][1])
+    assert {*RATES, *BATCHES, "cosine to a tenth"} < set(variants(preset))
     for name, (steps, flags) in variants(preset).items():
         config, model = settings(flags)
         assert ((config, model) == whole) == (name == WHOLE), name

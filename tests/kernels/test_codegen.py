@@ -15,7 +15,14 @@ import torch
 import kernels
 from kernels import codegen
 from kernels.budgets import BUDGETS, CASES, Budget
-from kernels.disassembly import Loop, find_loops, parse_amdgcn, parse_sass
+from kernels.disassembly import (
+    Instruction,
+    Loop,
+    find_loops,
+    parse_amdgcn,
+    parse_sass,
+    wgmma_waits,
+)
 from kernels.gpus import GPU, GPUS, MULTIPROCESSORS, occupancy
 
 triton = pytest.importorskip("triton", reason="codegen compiles Triton kernels")
@@ -86,6 +93,16 @@ def test_sass_loops_include_code_moved_out_of_line_and_leave_out_waiting():
     # 0x20..0x80 without the NOP, and 0xc0..0xe0, which only the loop jumps to.
     assert loop.instructions == 6 + 3
     assert (loop.tensor_core, loop.transcendental, loop.global_loads) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "code, waits",
+    [("HW HW HW", 3), ("HHHW", 1), ("HWW HWW", 2), ("WHW", 1), ("HH", 0), ("", 0)],
+    ids=["each", "three at once", "wait again", "nothing issued", "never", "no code"],
+)
+def test_waits_for_wgmma(code, waits):
+    opcodes = {"H": "HGMMA.64x64x16.F32.BF16", "W": "WARPGROUP.DEPBAR.LE", " ": "FADD"}
+    assert wgmma_waits([Instruction(opcodes[c], None, True) for c in code]) == waits
 
 
 def test_amdgcn_is_counted():
