@@ -3,21 +3,38 @@
 Question
     How near is act(x W^T + b) to the bare matrix product, and how does it grow with C and rows?
 Method
-    x (B, T, C), W (4C, C). "product" is the linear layer without an activation: nobody can be
-    expected to be much faster, so it is listed as a bound, not as a peer that computes the op.
+    x (B, T, C), W (4C, C). On a GPU linear_act also runs both ways that its plan chooses between,
+    the library's product and the Triton one, the latter with the tiles worth a try.
 Formula
     FLOPs 2 B T C 4C forward, three times that with a backward. bytes: x, W, y forward; x, W, y,
     dy, dx, dW backward.
 """
 
 import functools
+from unittest import mock
 
 import torch.nn.functional as F
 
 from bench.harness import Case, Options, Work
 from bench.ops import PHASES, TRAINING, Op, op_case, random_normal, sweep_points
-from kernels import linear_act
+from kernels import linear_act, mlp
+from kernels.mlp import LinearActPlan
 from kernels.problems import plain_activation
+
+WAYS = {"linear_act-library": LinearActPlan(library=True)} | {
+    f"linear_act-{M}x{N}x{K}": LinearActPlan(False, M, N, K, num_stages=stages)
+    for M, N, K, stages in ((128, 128, 32, 4), (128, 128, 64, 3), (128, 256, 64, 3))
+}
+
+
+def by(plan: LinearActPlan, activation: str):
+    """The op by `plan` instead of its own."""
+
+    def outputs(x, p):
+        with mock.patch.object(mlp, "linear_act_plan", lambda *_: plan):
+            return linear_act(x["x"], x["weight"], x["bias"], activation=activation)
+
+    return outputs
 
 
 def mlp_work(B, T, C, itemsize: int, phase: str) -> Work:
@@ -48,8 +65,9 @@ def cases(options: Options) -> list[Case]:
         def ours(x, p, key):
             return linear_act(x["x"], x["weight"], x["bias"], activation=activation)
 
+        ways = {name: by(plan, activation) for name, plan in WAYS.items()} if cuda else {}
         return op_case(
-            Op(inputs, plain, ours, {}),
+            Op(inputs, plain, ours, ways),
             options,
             f"{activation} B{B}-T{T}-C{C}",
             phase,
@@ -64,6 +82,7 @@ def cases(options: Options) -> list[Case]:
     found = [case("relu", B0, 256, 384, phase, quick=True) for phase in PHASES]
     found += [case("gelu", B0, 256, 384, phase, quick=phase == TRAINING) for phase in PHASES]
     found += [case("relu2", B0, 256, 384)]
+    found += [case("gelu", 12, 1024, 768)] if cuda else []
     for axes, point in sweep_points({"C": Cs, "B": (1, 4, 16, 64)}, B=4, T=256, C=384):
         found.append(case("relu", **point, sweeps=axes, full=not cuda and point["B"] > 16))
     return found

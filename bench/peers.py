@@ -31,6 +31,7 @@ PEERS = {
     "mha": "nn.MultiheadAttention with a causal mask",
     "flex": "FlexAttention, compiled, causal block mask",
     "torch": "torch.optim's own",
+    "linear_act": "linear_act by the library, and by its own kernel with other tiles; on a GPU",
     "liger": "Liger-Kernel (pip install liger-kernel)",
     "transformers": "transformers' GPT-2 (pip install transformers)",
     "nanogpt": "nanoGPT's model.py, from --nanogpt DIR",

@@ -169,21 +169,21 @@ CASES = (
     _case("layer_norm", "M16384-C384-bf16", ALL),
     _case("layer_norm", "M16384-C768-bf16", ("sm_90",)),
     _case("layer_norm", "M16384-C1024-bf16", ("sm_90",)),
-    _case("layer_norm", "M16384-C4096-bf16", ("sm_90",)),
-    _case("layer_norm", "M16384-C16384-bf16", ("sm_90",)),
+    _case("layer_norm", "M16384-C4096-bf16"),
+    _case("layer_norm", "M16384-C16384-bf16", ALL),
     _case("dropout_add_layer_norm", "M16384-C384-bf16-p0.2", ALL),
     _case("dropout_add_layer_norm", "M16384-C768-bf16", ("sm_90",)),
-    _case("dropout_add_layer_norm", "M16384-C1024-bf16-p0.2", ("sm_90",)),
+    _case("dropout_add_layer_norm", "M16384-C1024-bf16-p0.2"),
     _case("dropout_add_layer_norm", "M16384-C4096-bf16-p0.2", ("sm_90",)),
     _case("linear_act", "M16384-K384-N1536-bf16-relu", ALL),
-    _case("linear_act", "M16384-K768-N3072-bf16-gelu", ("sm_90",)),
-    _case("linear_act", "M16384-K384-N1536-bf16-relu2", ("sm_90",)),
+    _case("linear_act", "M16384-K768-N3072-bf16-gelu", ALL),
+    _case("linear_act", "M16384-K384-N1536-bf16-relu2"),
     _case("cross_entropy", "M16384-V65-bf16", ALL),
-    _case("cross_entropy", "M16384-V50257-bf16", ("sm_90",)),
+    _case("cross_entropy", "M16384-V50257-bf16", ALL),
     _case("linear_cross_entropy", "M16384-C384-V65-bf16", ("sm_90",)),
     _case("linear_cross_entropy", "M16384-C768-V50257-bf16", ("sm_90",)),
     _case("embed", "B64-T256-C384-V65-bf16-p0.2", ALL),
-    _case("embed", "B12-T1024-C768-V50304-bf16", ("sm_90",)),
+    _case("embed", "B12-T1024-C768-V50304-bf16", ALL),
     _case("rotary_qkv", "B64-T256-H6-D64-bf16", ALL),
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
@@ -198,13 +198,13 @@ class Work:
 
     tile(c, s): elements that one iteration, or one program of straight code, computes.
     elements(c, s, programs): elements of a launch.
-    flop(s): FLOP of matrix products per element.
+    flop(c, s): FLOP of matrix products per element.
     passes: loops that each element goes through.
     """
 
     tile: Callable[[Numbers, Numbers], int]
     elements: Callable[[Numbers, Numbers, int], float]
-    flop: Callable[[Numbers], float] = lambda s: 0
+    flop: Callable[[Numbers, Numbers], float] = lambda c, s: 0
     passes: int = 1
 
 
@@ -213,7 +213,7 @@ def _attention_work(products: int) -> Work:
     return Work(
         tile=lambda c, s: c["BLOCK_M"] * c["BLOCK_N"],
         elements=lambda c, s, programs: s["B"] * s["H"] * s["T"] * (s["T"] + 1) / 2,
-        flop=lambda s: 2 * products * s["D"],
+        flop=lambda c, s: 2 * products * s["D"],
     )
 
 
@@ -228,6 +228,11 @@ WORK = {
     "_attention_dkdv_kernel": _attention_work(products=4),
     "_layer_norm_forward_kernel": _ROWS,
     "_layer_norm_backward_kernel": _ROWS,
+    "_linear_act_kernel": Work(  # an output, for each tile of K
+        tile=lambda c, s: c["BLOCK_M"] * c["BLOCK_N"],
+        elements=lambda c, s, programs: s["M"] * s["N"] * -(-s["K"] // c["BLOCK_K"]),
+        flop=lambda c, s: 2 * c["BLOCK_K"],
+    ),
     "_cross_entropy_kernel": Work(
         tile=lambda c, s: c["BLOCK_M"] * s["V"],
         elements=lambda c, s, programs: programs * c["BLOCK_M"] * s["V"],
@@ -457,14 +462,32 @@ layer_norm M16384-C1024-bf16
   _layer_norm_backward_kernel sm_90 128 0 8248 4 26.2 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 layer_norm M16384-C4096-bf16
+  _layer_norm_forward_kernel sm_80 48 0 32 5 18.7 -
+  _layer_norm_backward_kernel sm_80 64 0 16468 2 28.1 -
+  _sum_partials_kernel sm_80 48 0 1024 2 - -
   _layer_norm_forward_kernel sm_90 48 0 32 5 19.5 -
   _layer_norm_backward_kernel sm_90 64 0 16468 2 28.5 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
+  _layer_norm_forward_kernel sm_100 48 0 32 5 17.4 -
+  _layer_norm_backward_kernel sm_100 64 0 16384 2 25.3 -
+  _sum_partials_kernel sm_100 48 0 1024 2 - -
 layer_norm M16384-C16384-bf16
+  _layer_norm_forward_kernel sm_80 72 0 64 1 16.3 -
+  _layer_norm_wide_backward_kernel sm_80 88 0 32 2 - -
+  _layer_norm_parameter_gradient_kernel sm_80 72 0 8192 3 - -
+  _sum_partials_kernel sm_80 48 0 256 10 - -
   _layer_norm_forward_kernel sm_90 72 0 64 1 16.6 -
   _layer_norm_wide_backward_kernel sm_90 72 0 32 3 - -
   _layer_norm_parameter_gradient_kernel sm_90 72 0 8192 3 - -
   _sum_partials_kernel sm_90 48 0 256 10 - -
+  _layer_norm_forward_kernel sm_100 96 0 64 1 14.5 -
+  _layer_norm_wide_backward_kernel sm_100 88 0 32 2 - -
+  _layer_norm_parameter_gradient_kernel sm_100 72 0 8192 3 - -
+  _sum_partials_kernel sm_100 40 0 256 12 - -
+  _layer_norm_forward_kernel gfx942 64 0 64 2 26.3 -
+  _layer_norm_wide_backward_kernel gfx942 104 0 32 2 - -
+  _layer_norm_parameter_gradient_kernel gfx942 56 0 8192 4 - -
+  _sum_partials_kernel gfx942 40 0 256 8 - -
 dropout_add_layer_norm M16384-C384-bf16-p0.2
   _layer_norm_forward_kernel sm_80 80 0 0 24 41.3 -
   _layer_norm_backward_kernel sm_80 152 0 12352 3 52.9 -
@@ -483,9 +506,15 @@ dropout_add_layer_norm M16384-C768-bf16
   _layer_norm_backward_kernel sm_90 136 0 12344 3 41.7 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 dropout_add_layer_norm M16384-C1024-bf16-p0.2
+  _layer_norm_forward_kernel sm_80 48 0 8 20 37.6 -
+  _layer_norm_backward_kernel sm_80 136 0 12344 3 40.8 -
+  _sum_partials_kernel sm_80 48 0 1024 2 - -
   _layer_norm_forward_kernel sm_90 56 0 8 18 39.0 -
   _layer_norm_backward_kernel sm_90 168 0 12344 3 40.6 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
+  _layer_norm_forward_kernel sm_100 64 0 8 16 35.4 -
+  _layer_norm_backward_kernel sm_100 160 0 4096 3 33.9 -
+  _sum_partials_kernel sm_100 48 0 1024 2 - -
 dropout_add_layer_norm M16384-C4096-bf16-p0.2
   _layer_norm_forward_kernel sm_90 56 0 32 4 39.3 -
   _layer_norm_backward_kernel sm_90 128 0 24660 1 43.0 -
@@ -500,13 +529,28 @@ linear_act M16384-K384-N1536-bf16-relu
   _activation_backward_kernel gfx942 80 0 4096 6 - -
   _sum_partials_kernel gfx942 40 0 1024 2 - -
 linear_act M16384-K768-N3072-bf16-gelu
-  _linear_act_kernel sm_90 144 0 98304 1 - HGMMA
+  _linear_act_kernel sm_80 128 0 49152 2 1.4 HMMA
+  _activation_backward_kernel sm_80 136 0 4096 3 - -
+  _sum_partials_kernel sm_80 48 0 256 10 - -
+  _linear_act_kernel sm_90 120 0 65536 2 1.0 HGMMA
   _activation_backward_kernel sm_90 136 0 4096 3 - -
   _sum_partials_kernel sm_90 48 0 256 10 - -
+  _linear_act_kernel sm_100 128 0 65552 2 1.3 UTCHMMA
+  _activation_backward_kernel sm_100 136 0 4096 3 - -
+  _sum_partials_kernel sm_100 40 0 256 12 - -
+  _linear_act_kernel gfx942 88 0 32768 2 1.3 v_mfma
+  _activation_backward_kernel gfx942 104 0 4096 4 - -
+  _sum_partials_kernel gfx942 40 0 256 8 - -
 linear_act M16384-K384-N1536-bf16-relu2
-  _linear_act_kernel sm_90 120 0 98304 2 - HGMMA
+  _linear_act_kernel sm_80 128 0 49152 2 1.4 HMMA
+  _activation_backward_kernel sm_80 120 0 4096 4 - -
+  _sum_partials_kernel sm_80 48 0 1024 2 - -
+  _linear_act_kernel sm_90 104 0 65536 2 1.0 HGMMA
   _activation_backward_kernel sm_90 120 0 4096 4 - -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
+  _linear_act_kernel sm_100 120 0 65552 2 1.3 UTCHMMA
+  _activation_backward_kernel sm_100 104 0 4096 4 - -
+  _sum_partials_kernel sm_100 48 0 1024 2 - -
 cross_entropy M16384-V65-bf16
   _cross_entropy_kernel sm_80 64 0 128 8 35.3 -
   _reduce_losses_kernel sm_80 104 0 64 1 - -
@@ -521,9 +565,18 @@ cross_entropy M16384-V65-bf16
   _reduce_losses_kernel gfx942 64 0 64 2 - -
   _scale_kernel gfx942 32 0 0 8 - -
 cross_entropy M16384-V50257-bf16
+  _long_cross_entropy_kernel sm_80 48 0 64 2 20.8 -
+  _reduce_losses_kernel sm_80 104 0 64 1 - -
+  _scale_kernel sm_80 40 0 0 12 - -
   _long_cross_entropy_kernel sm_90 48 0 64 2 20.8 -
   _reduce_losses_kernel sm_90 104 0 64 1 - -
   _scale_kernel sm_90 40 0 0 12 - -
+  _long_cross_entropy_kernel sm_100 48 0 64 2 18.2 -
+  _reduce_losses_kernel sm_100 104 0 64 1 - -
+  _scale_kernel sm_100 32 0 0 16 - -
+  _long_cross_entropy_kernel gfx942 48 0 64 2 24.6 -
+  _reduce_losses_kernel gfx942 64 0 64 2 - -
+  _scale_kernel gfx942 32 0 0 8 - -
 linear_cross_entropy M16384-C384-V65-bf16
   _cross_entropy_kernel sm_90 72 0 2048 7 28.6 -
   _reduce_losses_kernel sm_90 104 0 64 1 - -
@@ -546,9 +599,18 @@ embed B64-T256-C384-V65-bf16-p0.2
   _position_gradient_kernel gfx942 48 0 2048 8 - -
   _token_gradient_one_hot_kernel gfx942 144 0 8192 3 - v_mfma
 embed B12-T1024-C768-V50304-bf16
+  _embed_kernel sm_80 40 0 0 12 9.9 -
+  _position_gradient_kernel sm_80 48 0 2048 10 - -
+  _token_gradient_sorted_kernel sm_80 48 0 12336 10 - -
   _embed_kernel sm_90 40 0 0 12 11.5 -
   _position_gradient_kernel sm_90 48 0 2048 10 - -
   _token_gradient_sorted_kernel sm_90 48 0 12336 10 - -
+  _embed_kernel sm_100 40 0 0 12 10.5 -
+  _position_gradient_kernel sm_100 48 0 2048 10 - -
+  _token_gradient_sorted_kernel sm_100 56 0 12336 9 - -
+  _embed_kernel gfx942 32 0 0 8 22.0 -
+  _position_gradient_kernel gfx942 32 0 2048 8 - -
+  _token_gradient_sorted_kernel gfx942 64 0 8192 8 - -
 rotary_qkv B64-T256-H6-D64-bf16
   _rotary_kernel sm_80 56 0 0 9 26.1 -
   _rotary_kernel sm_90 56 0 0 9 26.3 -

@@ -314,7 +314,7 @@ def _figures(report: Report, case: Case, gpu: GPU) -> Row:
         constants, sizes = report.constants, case.sizes
         elements = work.elements(constants, sizes, math.prod(report.grid))
         rate = gpu.tensor_rate["tf32" if case.dtype == torch.float32 else "bfloat16"]
-        seconds["FLOP"] = elements * work.flop(sizes) / rate
+        seconds["FLOP"] = elements * work.flop(constants, sizes) / rate
         tile = work.tile(constants, sizes)
         issued = report.warp_instructions(elements, tile, work.passes)
         seconds["instructions"] = issued / gpu.issue_rate

@@ -60,6 +60,32 @@ def test_an_op_is_checked_and_timed(name):
     assert "failed" not in status.values(), record["results"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_measures_both_ways_of_linear_act(device):
+    from bench import mlp
+
+    cases = mlp.cases(dataclasses.replace(OPTIONS, device=torch.device(device)))
+    contestants = {name for case in cases for name in case.contestants}
+    assert contestants & set(mlp.WAYS) == (set(mlp.WAYS) if device == "cuda" else set())
+    assert all(name.split("-")[0] in peers.PEERS for name in mlp.WAYS)
+
+
+def test_ways_of_linear_act_are_what_their_names_say():
+    from bench import mlp
+    from kernels import backend
+
+    shapes = {"x": (2, 8), "weight": (4, 8), "bias": (4,)}
+    x = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found = {}
+    for name, plan in mlp.WAYS.items():
+        launches = []
+        with backend.recording(lambda *launch, to=launches: to.append(launch), "sm_90"):
+            mlp.by(plan, "gelu")(x, 0.0)
+        found[name] = ["x".join(str(l[3][f"BLOCK_{b}"]) for b in "MNK") for l in launches]
+    assert found.pop("linear_act-library") == []
+    assert found == {name: [name.removeprefix("linear_act-")] for name in found}
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_an_update_is_checked_and_timed(monkeypatch, damaged):
     from bench import muon

@@ -229,6 +229,9 @@ def test_the_share_of_the_slower_products():
 SLOWED = 0.75 + 0.25 / 0.629  # a quarter of the products by mma.sync
 
 
+SIZES = {"B": 1, "H": 1, "T": 15, "D": 50, "V": 3000, "M": 16, "N": 16, "K": 100}
+
+
 @pytest.mark.parametrize(
     "kernel, dtype, floor_us, bound_us, bound_by, loop, per_element",
     [
@@ -236,15 +239,16 @@ SLOWED = 0.75 + 0.25 / 0.629  # a quarter of the products by mma.sync
         ("_attention_dq_kernel", torch.bfloat16, 3.6, 3.6 * SLOWED, "mma.sync", 30, 30),
         ("_attention_dkdv_kernel", torch.bfloat16, 4.8, 4.8 * SLOWED, "mma.sync", 30, 30),
         ("_attention_dkdv_kernel", torch.float32, 9.6, 9.6 * SLOWED, "mma.sync", 30, 30),
+        ("_linear_act_kernel", torch.bfloat16, 6.5536, 6.5536 * SLOWED, "mma.sync", 30, 30),
         ("_long_cross_entropy_kernel", torch.bfloat16, 1.0, 2.68, "instructions", 50, 50),
         ("_sum_partials_kernel", torch.bfloat16, 1.0, 1.0, "bytes", 30, None),
     ],
-    ids=["forward", "dq", "dkdv", "tf32", "two-passes", "bytes"],
+    ids=["forward", "dq", "dkdv", "tf32", "product", "two-passes", "bytes"],
 )
 def test_figures_by_hand(kernel, dtype, floor_us, bound_us, bound_by, loop, per_element):
-    """120 query-key pairs of D = 50 or 2 x 3,072 logits in tiles of 128, and 1,000 bytes.
+    """In tiles of 128: 120 query-key pairs of D = 50, 256 outputs of 4 x 32, 2 x 3,072 logits.
 
-    1 GB/s, 10 GFLOP/s in bfloat16 and 5 in TF32, 4 warp instructions a nanosecond.
+    1,000 bytes; 1 GB/s, 10 GFLOP/s in bfloat16 and 5 in TF32, 4 warp instructions a nanosecond.
     """
     gpu = GPU("toy", "sm_90", 1, 1e9, 1e9, {"bfloat16": 10e9, "tf32": 5e9}, 0, 0)
     loops = [(100, False), (10, True), (30, True), (20, True)]
@@ -252,12 +256,12 @@ def test_figures_by_hand(kernel, dtype, floor_us, bound_us, bound_by, loop, per_
         REPORT,
         kernel=kernel,
         grid=(2,),
-        constants={"BLOCK_M": 8, "BLOCK_N": 16, "LANES": 16},
+        constants={"BLOCK_M": 8, "BLOCK_N": 16, "BLOCK_K": 32, "LANES": 16},
         instructions=200,
         loops=tuple(Loop(size, 0, 0, 0, innermost) for size, innermost in loops),
         bytes=1000,
     )
-    case = replace(CASES[0], sizes={"B": 1, "H": 1, "T": 15, "D": 50, "V": 3000}, dtype=dtype)
+    case = replace(CASES[0], sizes=SIZES, dtype=dtype)
     row = codegen._figures(report, case, gpu)
     assert (row["bound_by"], row["loop"], row["per_element"]) == (bound_by, loop, per_element)
     assert (row["floor_us"], row["bound_us"]) == pytest.approx((floor_us, bound_us))
