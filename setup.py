@@ -19,7 +19,10 @@ setup(
         "tomli; python_version < '3.11'",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "ruff", "transformers>=5"],
+        "test": [
+            *("pytest", "pytest-benchmark", "pytest-xdist", "ruff"),
+            *("transformers>=5", "tensorboard", "tiktoken"),  # so that what they do is tested
+        ],
         "bpe": ["tiktoken"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -572,6 +572,32 @@ def test_a_padded_vocabulary_is_imported_by_its_multiple(tmp_path, capsys, monke
     assert main(["sample", str(tmp_path / "run"), "--start=h", "--max_new_tokens=50"]) == 0
 
 
+@pytest.mark.parametrize("format", ["nanogpt", "transformers"])
+def test_other_checkpoints_become_runs(request, tmp_path, capsys, format):
+    """The run's model says what the file's does, and a run is sampled like any other."""
+    path, run = tmp_path / "theirs", str(tmp_path / "run")
+    if format == "nanogpt":
+        state = nanogpt_state(bias=False)
+        nanogpt_file(path, state)
+        expected = nanogpt_logits(state)
+    else:
+        model = hugging_face(request.getfixturevalue("transformers"))
+        model.save_pretrained(path)
+        expected = hugging_face_logits(model).detach()
+    (tmp_path / "text.txt").write_text("hello, abcdf")  # eleven characters
+    data = f"--data={tmp_path / 'text.txt'}"
+    assert main(["import", str(path), run, f"--format={format}", data]) == 0
+    checkpoint = open_checkpoint(run)
+    gpt = GPT(checkpoint.model).eval()
+    checkpoint.load_weights(gpt)
+    torch.testing.assert_close(gpt(IDX)[0].detach(), expected, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    assert main(["sample", run, "--start=hello", "--max_new_tokens=20"]) == 0
+    assert len(capsys.readouterr().out) == len("hello") + 20 + len("\n")
+    assert main(["eval", run]) == 0
+    assert "text.txt: loss " in capsys.readouterr().out
+
+
 def test_command_lines(notebook, tmp_path, capsys):
     """A run becomes a file and the file a run, which samples the same text."""
     _, path = notebook
