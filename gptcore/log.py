@@ -287,7 +287,11 @@ def trim_metrics(path: Path, step: int, evaluated_step: int) -> None:
 
 
 def plot_losses(metrics: Path, image: Path) -> None:
-    """Training and validation loss against steps, at up to PLOTTED evaluations and the last."""
+    """Training and validation loss against steps, at up to PLOTTED evaluations and the last.
+
+    Where three or more can be seen, the first one, of a model that has learnt nothing, may lie
+    above the picture.
+    """
     from matplotlib.figure import Figure  # slow to import
 
     count = sum(r["kind"] == "eval" for r in each_metric(metrics))
@@ -305,6 +309,11 @@ def plot_losses(metrics: Path, image: Path) -> None:
     for values, label in zip(losses, ("training", "validation"), strict=True):
         axes.plot(steps, values, marker=".", label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
+    later = [loss for values in losses for loss in values[1:] if isinstance(loss, int | float)]
+    later = [loss for loss in later if math.isfinite(loss)]
+    if len(steps) > 2 and later:
+        margin = 0.1 * (max(later) - min(later)) or 0.1
+        axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.grid(alpha=0.3)
     axes.legend()
     content = io.BytesIO()

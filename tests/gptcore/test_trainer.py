@@ -435,3 +435,33 @@ def test_a_plot_holds_no_more_points_for_a_longer_run(tmp_path, monkeypatch):
         steps = drawn[-1]
         assert (steps[0], steps[-1]) == (0, count - 1) and steps == sorted(set(steps))
         assert len(steps) == count if count <= 10 else 9 <= len(steps) <= 11
+
+
+@pytest.mark.parametrize(
+    ("losses", "limits"),
+    [
+        ([26, 1.5, 1.3], (1.28, 1.52)),
+        ([26, 1.5, math.nan, 1.3], (1.28, 1.52)),
+        ([26, 1.5, 1.5], (1.4, 1.6)),
+        ([4, 2], (1.9, 4.1)),  # matplotlib's own
+        ([4, math.nan, math.nan], (3.78, 4.22)),
+    ],
+    ids=["learning", "not a number", "flat", "two", "nothing finite"],
+)
+def test_a_plot_shows_what_was_learnt(tmp_path, monkeypatch, losses, limits):
+    """An untrained model's 26 had made one line of all that came after."""
+    from matplotlib.figure import Figure
+
+    seen, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *to, **how: seen.append(self.axes[0].get_ylim()) or savefig(self, *to, **how),
+    )
+    lines = [
+        {"kind": "eval", "step": step, "train_loss": loss, "val_loss": loss}
+        for step, loss in enumerate(losses)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logs.plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert seen == [pytest.approx(limits)]
