@@ -468,7 +468,7 @@ layer_norm M16384-C4096-bf16
   _layer_norm_forward_kernel sm_90 48 0 32 5 19.5 -
   _layer_norm_backward_kernel sm_90 64 0 16468 2 28.5 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
-  _layer_norm_forward_kernel sm_100 48 0 32 5 17.4 -
+  _layer_norm_forward_kernel sm_100 48 0 32 5 18.0 -
   _layer_norm_backward_kernel sm_100 64 0 16384 2 25.3 -
   _sum_partials_kernel sm_100 48 0 1024 2 - -
 layer_norm M16384-C16384-bf16
@@ -480,7 +480,7 @@ layer_norm M16384-C16384-bf16
   _layer_norm_wide_backward_kernel sm_90 72 0 32 3 - -
   _layer_norm_parameter_gradient_kernel sm_90 72 0 8192 3 - -
   _sum_partials_kernel sm_90 48 0 256 10 - -
-  _layer_norm_forward_kernel sm_100 96 0 64 1 14.5 -
+  _layer_norm_forward_kernel sm_100 96 0 64 1 15.5 -
   _layer_norm_wide_backward_kernel sm_100 88 0 32 2 - -
   _layer_norm_parameter_gradient_kernel sm_100 72 0 8192 3 - -
   _sum_partials_kernel sm_100 40 0 256 12 - -
@@ -507,7 +507,7 @@ dropout_add_layer_norm M16384-C768-bf16
   _sum_partials_kernel sm_90 48 0 1024 2 - -
 dropout_add_layer_norm M16384-C1024-bf16-p0.2
   _layer_norm_forward_kernel sm_80 48 0 8 20 37.6 -
-  _layer_norm_backward_kernel sm_80 136 0 12344 3 40.8 -
+  _layer_norm_backward_kernel sm_80 144 0 12344 3 40.8 -
   _sum_partials_kernel sm_80 48 0 1024 2 - -
   _layer_norm_forward_kernel sm_90 56 0 8 18 39.0 -
   _layer_norm_backward_kernel sm_90 168 0 12344 3 40.6 -
