@@ -202,8 +202,8 @@ DAMAGES = (
         "linear_cross_entropy",
         "triton",
         "dx from the wrong rows of the logits",
-        "dx[chunk] = dlogits @ weight",
-        "dx[chunk] = dlogits.roll(1, 0) @ weight",
+        "torch.mm(dlogits, weight, out=dx[chunk])",
+        "torch.mm(dlogits.roll(1, 0), weight, out=dx[chunk])",
     ),
     Damage(
         "embed",
