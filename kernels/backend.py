@@ -20,7 +20,7 @@ try:
 
     HAS_TRITON = True
 except ImportError:  # Windows, macOS: the eager backend is all there is
-    triton, tl = None, types.SimpleNamespace(constexpr=None)
+    triton, tl = None, types.SimpleNamespace(constexpr=int)
     HAS_TRITON = False
 
 BACKENDS = ("auto", "triton", "eager")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from kernels.backend import HAS_TRITON, launch, tl, traced, triton
+from kernels.backend import HAS_TRITON, jit, launch, tl, traced
 from kernels.threads import for_each
 
 PHILOX_ROUNDS = 7
@@ -388,93 +388,97 @@ def _random_integers_triton(key, site, rows, high):
     return integers
 
 
-if HAS_TRITON:
-    _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-    _M0, _M1 = tl.constexpr(PHILOX_MULTIPLIERS[0]), tl.constexpr(PHILOX_MULTIPLIERS[1])
-    _W0, _W1 = tl.constexpr(PHILOX_INCREMENTS[0]), tl.constexpr(PHILOX_INCREMENTS[1])
+_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+_M0, _M1 = tl.constexpr(PHILOX_MULTIPLIERS[0]), tl.constexpr(PHILOX_MULTIPLIERS[1])
+_W0, _W1 = tl.constexpr(PHILOX_INCREMENTS[0]), tl.constexpr(PHILOX_INCREMENTS[1])
 
-    @triton.jit
-    def load_key(key_ptr, HAS_FIRST: tl.constexpr):
-        """seed, step, first of a (2,) or (3,) key, as uint32 scalars."""
-        seed = tl.load(key_ptr).to(tl.uint32)
-        step = tl.load(key_ptr + 1).to(tl.uint32)
-        if HAS_FIRST:
-            first = tl.load(key_ptr + 2).to(tl.uint32)
-        else:
-            first = seed ^ seed
-        return seed, step, first
 
-    @triton.jit
-    def philox_pairs(c0, c1, c2, c3, k0, k1):
-        """The output words of `philox4x32` in pairs, w0 << 32 | w1 and w2 << 32 | w3.
+@jit
+def load_key(key_ptr, HAS_FIRST: tl.constexpr):
+    """seed, step, first of a (2,) or (3,) key, as uint32 scalars."""
+    seed = tl.load(key_ptr).to(tl.uint32)
+    step = tl.load(key_ptr + 1).to(tl.uint32)
+    if HAS_FIRST:
+        first = tl.load(key_ptr + 2).to(tl.uint32)
+    else:
+        first = seed ^ seed
+    return seed, step, first
 
-        All arguments are uint32. Counters keep their own broadcastable shapes, e.g. c0 (1, G), c1
-        (M, 1), scalar c2 and c3: the first two rounds and half of the third then cost one axis
-        each, not the tile.
-        """
-        for _ in tl.static_range(_ROUNDS - 1):
-            # One wide product gives both words; umulhi and * would be two instructions.
-            product0, product1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
-            c0, c1 = (product1 >> 32).to(tl.uint32) ^ (c1 ^ k0), product1.to(tl.uint32)
-            c2, c3 = (product0 >> 32).to(tl.uint32) ^ (c3 ^ k1), product0.to(tl.uint32)
-            k0 += _W0
-            k1 += _W1
-        # The last products stay whole: they are two words each, only the upper to be mixed.
-        pair0 = c2.to(tl.uint64) * _M1 ^ (c1 ^ k0).to(tl.uint64) << 32
-        pair1 = c0.to(tl.uint64) * _M0 ^ (c3 ^ k1).to(tl.uint64) << 32
-        return pair0, pair1
 
-    @triton.jit
-    def lane_order(COLS: tl.constexpr, QUADS: tl.constexpr):
-        """(COLS,) int32, the column that each place of `keep_tile` holds, counted from the first.
+@jit
+def philox_pairs(c0, c1, c2, c3, k0, k1):
+    """The output words of `philox4x32` in pairs, w0 << 32 | w1 and w2 << 32 | w3.
 
-        Natural order, or with QUADS that for tensor cores: of every 8 columns of their products
-        each of 4 neighbouring threads holds two, so 4 x 8 columns are dealt out such that those 8
-        which a thread holds are the lanes of one Philox call.
-        """
-        n = tl.arange(0, COLS)
-        if QUADS:
-            n = n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
-        return n
+    All arguments are uint32. Counters keep their own broadcastable shapes, e.g. c0 (1, G), c1
+    (M, 1), scalar c2 and c3: the first two rounds and half of the third then cost one axis
+    each, not the tile.
+    """
+    for _ in tl.static_range(_ROUNDS - 1):
+        # One wide product gives both words; umulhi and * would be two instructions.
+        product0, product1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
+        c0, c1 = (product1 >> 32).to(tl.uint32) ^ (c1 ^ k0), product1.to(tl.uint32)
+        c2, c3 = (product0 >> 32).to(tl.uint32) ^ (c3 ^ k1), product0.to(tl.uint32)
+        k0 += _W0
+        k1 += _W1
+    # The last products stay whole: they are two words each, only the upper to be mixed.
+    pair0 = c2.to(tl.uint64) * _M1 ^ (c1 ^ k0).to(tl.uint64) << 32
+    pair1 = c0.to(tl.uint64) * _M0 ^ (c3 ^ k1).to(tl.uint64) << 32
+    return pair0, pair1
 
-    @triton.jit
-    def keep_tile(
-        seed, step, plane, site, rows, col, threshold, COLS: tl.constexpr,
-        QUADS: tl.constexpr = False,
-    ):  # fmt: skip
-        """(M, COLS) int1, what survives dropout in rows (M,) and columns col ... col + COLS - 1.
 
-        col and COLS are multiples of 8, or 32 with QUADS, and COLS is a power of two; seed, step,
-        plane, site and threshold, `dropout_threshold(p)`, are scalars. Columns stand in
-        `lane_order`.
-        """
-        groups = (col // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)[None, :]
-        rows32 = rows.to(tl.uint32)[:, None]
-        plane, site = tl.full((), plane, tl.uint32), tl.full((), site, tl.uint32)
-        # Joined only once, the mask has one chain of ops behind it, which the compiler computes in
-        # the layout that its user wants; a second join would be converted through shared memory.
-        pairs = tl.join(*philox_pairs(groups, rows32, plane, site, seed, step))  # (M, G, 2)
-        halves = (32 - 32 * tl.arange(0, 2)).to(tl.uint64)
-        words = (pairs[:, :, :, None] >> halves[None, None, None, :]).to(tl.uint32)
-        # Shifted left by 16 or 0, a half word decides an unsigned comparison of the whole word.
-        shifts = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)
-        lanes = words[:, :, :, :, None] << shifts[None, None, None, None, :]
-        bound = tl.full((), threshold, tl.uint32) << 16
-        keep = lanes >= bound
-        if QUADS:  # (M, COLS // 32, thread, word, half) -> (M, COLS // 32, word, thread, half)
-            keep = keep.reshape(rows.shape[0], COLS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
-        return keep.reshape(rows.shape[0], COLS)
+@jit
+def lane_order(COLS: tl.constexpr, QUADS: tl.constexpr):
+    """(COLS,) int32, the column that each place of `keep_tile` holds, counted from the first.
 
-    @triton.jit(do_not_specialize=["site", "start", "number", "high"])
-    def _random_integers_kernel(
-        key_ptr, integers_ptr, site, start, number, high,
-        HAS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """integers (number,) int64: those of the rows from `start` on."""
-        seed, step, first = load_key(key_ptr, HAS_FIRST)
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        row = (start + i).to(tl.uint32) + first
-        zero = row ^ row
-        pairs, _ = philox_pairs(zero, row, zero, zero + site.to(tl.uint32), seed, step)
-        integers = (pairs >> 1) % high.to(tl.uint64)
-        tl.store(integers_ptr + i, integers.to(tl.int64), i < number)
+    Natural order, or with QUADS that for tensor cores: of every 8 columns of their products
+    each of 4 neighbouring threads holds two, so 4 x 8 columns are dealt out such that those 8
+    which a thread holds are the lanes of one Philox call.
+    """
+    n = tl.arange(0, COLS)
+    if QUADS:
+        n = n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
+    return n
+
+
+@jit
+def keep_tile(
+    seed, step, plane, site, rows, col, threshold, COLS: tl.constexpr,
+    QUADS: tl.constexpr = False,
+):  # fmt: skip
+    """(M, COLS) int1, what survives dropout in rows (M,) and columns col ... col + COLS - 1.
+
+    col and COLS are multiples of 8, or 32 with QUADS, and COLS is a power of two; seed, step,
+    plane, site and threshold, `dropout_threshold(p)`, are scalars. Columns stand in
+    `lane_order`.
+    """
+    groups = (col // 8 + tl.arange(0, COLS // 8)).to(tl.uint32)[None, :]
+    rows32 = rows.to(tl.uint32)[:, None]
+    plane, site = tl.full((), plane, tl.uint32), tl.full((), site, tl.uint32)
+    # Joined only once, the mask has one chain of ops behind it, which the compiler computes in
+    # the layout that its user wants; a second join would be converted through shared memory.
+    pairs = tl.join(*philox_pairs(groups, rows32, plane, site, seed, step))  # (M, G, 2)
+    halves = (32 - 32 * tl.arange(0, 2)).to(tl.uint64)
+    words = (pairs[:, :, :, None] >> halves[None, None, None, :]).to(tl.uint32)
+    # Shifted left by 16 or 0, a half word decides an unsigned comparison of the whole word.
+    shifts = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)
+    lanes = words[:, :, :, :, None] << shifts[None, None, None, None, :]
+    bound = tl.full((), threshold, tl.uint32) << 16
+    keep = lanes >= bound
+    if QUADS:  # (M, COLS // 32, thread, word, half) -> (M, COLS // 32, word, thread, half)
+        keep = keep.reshape(rows.shape[0], COLS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
+    return keep.reshape(rows.shape[0], COLS)
+
+
+@jit(do_not_specialize=["site", "start", "number", "high"])
+def _random_integers_kernel(
+    key_ptr, integers_ptr, site, start, number, high,
+    HAS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """integers (number,) int64: those of the rows from `start` on."""
+    seed, step, first = load_key(key_ptr, HAS_FIRST)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = (start + i).to(tl.uint32) + first
+    zero = row ^ row
+    pairs, _ = philox_pairs(zero, row, zero, zero + site.to(tl.uint32), seed, step)
+    integers = (pairs >> 1) % high.to(tl.uint64)
+    tl.store(integers_ptr + i, integers.to(tl.int64), i < number)

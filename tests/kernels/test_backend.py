@@ -1,6 +1,9 @@
 """Which backend an op runs on."""
 
+import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -74,3 +77,36 @@ def test_a_choice_that_cannot_be_served_is_refused(chosen, case):
     arguments, options, error, message = BAD_CHOICES[case]
     with pytest.raises(error, match=re.escape(message)):
         chosen(*arguments, **options)
+
+
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None  # as where there is no wheel of it: Windows, macOS
+import torch
+from gptcore import GPT, GPTConfig
+from kernels.rng import make_key
+
+torch.manual_seed(0)
+model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11, dropout=0.2))
+idx = torch.arange(16).view(2, 8) % 11
+_, loss = model(idx, idx, make_key(1, 2))
+loss.backward()
+print(loss.item(), sum(p.grad.abs().sum().item() for p in model.parameters()))
+try:
+    GPT(model.config.replace(backend="triton"))(idx)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_everything_but_the_kernels_is_there_without_triton():
+    """Importing them failed for want of their random numbers."""
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    numbers, message = result.stdout.splitlines()
+    loss, gradients = map(float, numbers.split())
+    assert 1 < loss < 5 and 0 < gradients < math.inf
+    assert "needs the triton package" in message
