@@ -11,7 +11,6 @@ Method
     then every sample is many calls in a row on warm caches, because a clock cannot see one.
 """
 
-import functools
 import gc
 import math
 import statistics
@@ -23,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from gptcore.machine import raise_clocks
+from gptcore.machine import copy_rate, matmul_rate
+from kernels.timing import Replayed, raise_clocks
 
 SHORT = 2e-4  # seconds; below it a CPU sample holds several calls
 SAMPLE = 1e-3  # seconds such a sample lasts at least
@@ -72,10 +72,8 @@ class Stopwatch:
             return call()
         if cold:
             self.flush()
-        if isinstance(call, Replayed) and call.events is not None:
-            call()
-            torch.cuda.synchronize(self.device)
-            return call.events[0].elapsed_time(call.events[1])
+        if isinstance(call, Replayed):
+            return call.milliseconds()
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -88,34 +86,6 @@ class Stopwatch:
         for _ in range(calls):
             call()
         return (self.clock() - start) * 1e3 / calls
-
-
-class Replayed:
-    """A call captured in a CUDA graph, and the events at its ends.
-
-    Attributes:
-        events: recorded in the graph itself, so that no sample holds what a replay issues before
-            it: a graph that draws random numbers, as peers' dropout does, is handed seed and
-            offset by two kernels more. None on ROCm, whose graphs cannot record events.
-    """
-
-    def __init__(self, call: Call, stream: torch.cuda.Stream):
-        self._graph, self.events = torch.cuda.CUDAGraph(), None
-        if torch.version.hip is None:
-            event = functools.partial(torch.cuda.Event, enable_timing=True, external=True)
-            self.events = event(), event()
-        # Not torch's own stream for captures, which is of the device that came first.
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._record(0)
-            call()
-            self._record(1)
-
-    def _record(self, which: int) -> None:
-        if self.events is not None:
-            self.events[which].record()
-
-    def __call__(self) -> None:
-        self._graph.replay()
 
 
 def replayed(call: Call, device: torch.device) -> Replayed:
@@ -188,6 +158,7 @@ def measure(
     names = list(contestants)
     ms: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
+    raise_clocks(stopwatch.device, contestants[names[0]])
     gc.disable()
     try:
         for turn in range(rounds):
@@ -239,31 +210,16 @@ def last_level_cache(device: torch.device) -> int:
     return max(sizes, default=32 << 20)
 
 
-def ceilings(stopwatch: Stopwatch, dtype: torch.dtype, *, samples: int = 7) -> dict[str, float]:
+def ceilings(stopwatch: Stopwatch, dtype: torch.dtype) -> dict[str, float]:
     """What this machine does right now at its best, to hold every other rate against.
 
     Returns: copy_gbps (bytes read plus written by a copy past the caches), matmul_tflops (a
     square product in `dtype`), dispatch_us (one call on a tensor of one element).
     """
-    device = stopwatch.device
-    cuda = device.type == "cuda"
-    size = max(256 << 20 if cuda else 32 << 20, 2 * last_level_cache(device))
-    source = torch.ones(size // 4, dtype=torch.float32, device=device)
-    target = torch.zeros_like(source)
-    n = 8192 if cuda else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    one = torch.zeros(1, device=device)
-    multiply = functools.partial(torch.mm, a, b, out=product)
-    raise_clocks(device, multiply)
-
-    def median(call: Call, calls: int = 1) -> float:
-        call()
-        return summarise([stopwatch.sample(call, calls, cold=False) for _ in range(samples)]).median
-
-    copies = 10 if cuda else 1  # a launch lies between a GPU's events, too: one for all
+    one = torch.zeros(1, device=stopwatch.device)
+    calls = [stopwatch.sample(lambda: one.add_(1), 1000, cold=False) for _ in range(7)]
     return {
-        "copy_gbps": 2 * size / median(lambda: target.copy_(source), copies) / 1e6,
-        "matmul_tflops": 2 * n**3 / median(multiply) / 1e9,
-        "dispatch_us": 1e3 * median(lambda: one.add_(1), calls=1000),
+        "copy_gbps": copy_rate(stopwatch.device) / 1e9,
+        "matmul_tflops": matmul_rate(stopwatch.device, dtype) / 1e12,
+        "dispatch_us": 1e3 * statistics.median(calls),
     }

@@ -13,6 +13,7 @@ import torch
 
 from gptcore.config import ConfigError
 from kernels.backend import resolve
+from kernels.timing import raise_clocks
 
 
 def pick_device(name: str) -> torch.device:
@@ -179,34 +180,24 @@ def copy_rate(device: torch.device) -> float:
 
 
 def _least_seconds(device: torch.device, build: Callable[[], Callable[[], object]]) -> float:
-    """Seconds of the fastest of six calls of what `build` returns.
+    """Seconds of one call of what `build` returns, at the fastest of six times.
 
-    The peak of a GPU's memory starts anew after them, without the tensors that `build` made.
+    A GPU makes ten a time, next to which a launch and a wait are nothing. The peak of its memory
+    starts anew after them, without the tensors that `build` made.
     """
-    call, best = build(), math.inf
+    call, best, calls = build(), math.inf, 10 if device.type == "cuda" else 1
     raise_clocks(device, call)
     for _ in range(6):
         synchronize(device)
         start = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, (time.perf_counter() - start) / calls)
     del call
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return best
-
-
-def raise_clocks(device: torch.device, call: Callable[[], object]) -> None:
-    """Keep a GPU at `call` for 50 ms: while it was idle its clocks fell."""
-    if device.type != "cuda":
-        return
-    call()  # the first may take that long to load its kernel
-    synchronize(device)
-    start = time.perf_counter()
-    while time.perf_counter() - start < 0.05:
-        call()
-        synchronize(device)
 
 
 class Reading:

@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from bench import timing
 from bench.selfcheck import agree, repeated, slowed, two_runs
@@ -203,39 +202,36 @@ def test_twice_the_last_level_cache_is_overwritten(monkeypatch):
     assert Stopwatch(CPU)._cache.nbytes == 2 << 16
 
 
-class OnMeta(TorchFunctionMode):
-    """Tensors without numbers, whatever device is asked for."""
+def test_ceilings_are_the_machines_rates_and_the_time_of_one_call(monkeypatch):
+    """Work in one sample of a thousand calls; rates in what tables show."""
+    calls = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if "device" in kwargs:
-            kwargs["device"] = "meta"
-        return function(*args, **kwargs)
+    def sample(call, calls_a_sample, cold):
+        calls.append((calls_a_sample, cold))
+        return len(calls) * 1e-3
 
-
-@pytest.mark.parametrize(
-    ("device", "copied", "n", "copies"), [("cpu", 48 << 20, 1024, 1), ("cuda", 256 << 20, 8192, 10)]
-)
-def test_ceilings_are_work_over_the_time_of_one_call(monkeypatch, device, copied, n, copies):
-    """Samples of a second each, a GPU's clocks raised before the first."""
-    log = []
-
-    def sample(call, calls=1, cold=True):
-        log.append(calls)
-        return 1e3 / calls
-
-    monkeypatch.setattr(timing, "last_level_cache", lambda device: 24 << 20)
-    monkeypatch.setattr(timing, "raise_clocks", lambda device, call: log.append(device.type))
-    watch = types.SimpleNamespace(device=torch.device(device), sample=sample)
-    with OnMeta():
-        found = ceilings(watch, torch.bfloat16, samples=1)
-    assert log == [device, copies, 1, 1000]
-    expected = {
-        "copy_gbps": 2 * copied * copies / 1e9,
-        "matmul_tflops": 2 * n**3 / 1e12,
-        "dispatch_us": 1e3,
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 12e9)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 3e12)
+    found = ceilings(types.SimpleNamespace(device=CPU, sample=sample), torch.bfloat16)
+    assert found == {"copy_gbps": 12, "matmul_tflops": 3, "dispatch_us": 4} and set(calls) == {
+        (1000, False)
     }
-    assert found == pytest.approx(expected)
+
+
+def test_clocks_are_raised_by_what_is_timed_right_before_it(monkeypatch):
+    machine, raised = Machine(), []
+    calls = {name: machine.work(name, 0.01) for name in "ab"}
+    monkeypatch.setattr(timing.gc, "collect", lambda: machine.log.append("collect"))
+
+    def raise_clocks(device, call):
+        raised.append((device, call))
+        machine.log.append("raised")
+
+    monkeypatch.setattr(timing, "raise_clocks", raise_clocks)
+    measure(calls, stopwatch(machine), seconds=0.0)
+    assert raised == [(CPU, calls["a"])]
+    after = machine.log.index("raised")
+    assert machine.log[after - 1] == "collect" and machine.log[after + 1 :] == [*"abbaabbaab"]
 
 
 def test_a_call_in_a_process_of_its_own_brings_its_own_time():
@@ -274,7 +270,7 @@ def cuda(monkeypatch):
 
     class Event:
         def __init__(self, **how):
-            assert how == {"enable_timing": True, "external": True}
+            assert how == {"enable_timing": True, "external": torch.version.hip is None}
 
         def record(self):
             log.append("event")
@@ -283,7 +279,8 @@ def cuda(monkeypatch):
             assert other is not self
             return 0.5
 
-    side, stream = (types.SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
+    where = {"device": "cuda:1", "wait_stream": lambda other: None}
+    side, stream = types.SimpleNamespace(**where), types.SimpleNamespace(**where)
     graph = types.SimpleNamespace(replay=lambda: log.append("replay"))
     for name, fake in (
         ("Stream", lambda device: side),
@@ -293,7 +290,7 @@ def cuda(monkeypatch):
         ("CUDAGraph", lambda: graph),
         ("graph", capture),
         ("Event", Event),
-        ("synchronize", lambda device: log.append("synchronize")),
+        ("synchronize", lambda device: log.append(f"wait for {device}")),
     ):
         monkeypatch.setattr(torch.cuda, name, fake)
     return log
@@ -323,9 +320,6 @@ def test_a_replayed_sample_lies_between_the_events_of_its_graph(rocm, cuda, monk
     cuda.clear()
     watch = Stopwatch(torch.device("cpu"), cache_bytes=0)
     watch.device = torch.device("cuda")
-    if not rocm:
-        assert watch.sample(call) == 0.5
-        assert cuda == ["replay", "synchronize"]
-    else:
-        call()
-        assert cuda == ["replay"] and call.events is None
+    assert watch.sample(call) == 0.5
+    outside = ["event"] if rocm else []
+    assert cuda == [*outside, "replay", *outside, "wait for cuda:1"]

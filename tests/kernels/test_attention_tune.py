@@ -32,6 +32,34 @@ def test_best_needs_one_plan_that_runs():
         tune.best([TOO_BIG], TIMES.get)
 
 
+@pytest.mark.parametrize(
+    ("ratios", "kept", "median"),
+    [
+        ([0.9] * 5, FAST, 0.9),
+        ([0.99] * 5, SLOW, 0.99),
+        ([0.5, 0.5, 1.2, 1.1, 1.1], SLOW, 1.1),
+        ([1.3, 0.5, 0.9, 1.4, 0.9], FAST, 0.9),
+        (None, SLOW, math.inf),
+    ],
+)
+def test_a_plan_must_beat_the_shipped_one_in_turns(ratios, kept, median):
+    """One lucky measurement among a hundred is not enough; who is first takes turns, too."""
+    asked = []
+
+    def time_of(plan):
+        asked.append(plan)
+        if plan == SLOW:
+            return 2.0
+        return None if ratios is None else 2.0 * ratios[(len(asked) - 1) // 2]
+
+    assert tune.rematch(FAST, SLOW, time_of) == (kept, median)
+    assert asked == ([SLOW, FAST, FAST, SLOW] * 2 + [SLOW, FAST] if ratios else [SLOW, FAST])
+
+
+def test_what_the_shipped_plan_cannot_do_any_other_may():
+    assert tune.rematch(FAST, TOO_BIG, TIMES.get) == (FAST, 0.0)
+
+
 def entries(text):
     """What `tune.rows` printed, as the table has it."""
     return eval("{" + text + "}", {"_plans": attention_kernels._plans})
@@ -117,6 +145,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(tune.backend, "architecture", lambda _: "sm_90")
     monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(tune, "_measure", measure)
+    monkeypatch.setattr(tune, "rematch", lambda winner, shipped, time_of: (winner, 0.5))
     return measured
 
 
@@ -134,6 +163,22 @@ def test_within_its_seconds_each_kernel_has_an_equal_share(gpu, capsys):
         tune.nearest_first(tune.candidates("forward", "sm_90"), shipped)[:7],
         key=lambda plan: plan.block_n,
     )
+
+
+def test_the_row_is_of_the_plan_that_won_the_rematch(gpu, monkeypatch, capsys):
+    matches = []
+
+    def rematch(winner, shipped, time_of):
+        matches.append((winner, shipped))
+        return shipped, 1.5
+
+    monkeypatch.setattr(tune, "rematch", rematch)
+    assert tune.main(["--head_size", "64"]) == 0
+    out, err = capsys.readouterr()
+    tuned = entries(out.removeprefix("sm_90:"))
+    assert tuned[64, 512, True] == attention_kernels._PLANS["sm_90"][64, 512, True]
+    assert matches and all(winner != ours for winner, ours in matches)
+    assert err.count(" / shipped: 1.500") == len(matches)
 
 
 def test_without_a_limit_every_candidate_is_tried(gpu, capsys):
