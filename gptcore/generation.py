@@ -15,6 +15,7 @@ is the text of one call.
 import functools
 import math
 import numbers
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -287,7 +288,17 @@ class _Run:
             return
         model, (B, total) = self.model, self.out.shape
         arguments = (self.sampling, self.ragged, self.out.device, _compute_dtype(model))
-        key, step = decoding.take_step(model, B, total, *arguments)
+        try:
+            key, step = decoding.take_step(model, B, total, *arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"tokens come eagerly, because the capture failed: {reason}", stacklevel=2
+            )
+            yield from self._plain_steps(columns)
+            return
         step.load(model, self.out, self.u, self.length, self.seen, self.start)
         self.out = step.out[:, :total]
         try:

@@ -196,23 +196,39 @@ class Step:
                 loss = self._update()
             current.wait_stream(self.side)
             return loss
-        self.graph = torch.cuda.CUDAGraph()
-        # A checkpoint may be waiting for its copies in another thread: only this one is watched.
-        # Nor is torch's own stream for captures taken, which is the first device's.
-        mode = {"stream": self.side, "capture_error_mode": "thread_local"}
-        try:
-            with torch.cuda.graph(self.graph, **mode):
-                self.loss = self._update()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # capturing ran nothing, so nothing is lost
-            self.graph, self.loss = None, None
-            self.eager_reason = f"its capture failed: {str(error).splitlines()[0]}"
-            self.optimizer.zero_grad(set_to_none=True)
+        if (failure := self._capture()) is not None:  # it ran nothing, so nothing is lost
+            self.eager_reason = f"its capture failed: {failure}"
             warnings.warn(f"updates run eagerly, because {self.eager_reason}", stacklevel=2)
             return self._update()
         self.graph.replay()  # capturing ran nothing
         return self.loss
+
+    def _capture(self) -> str | None:
+        """Capture an update; why it failed, in one line, with all as before, or None."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        # A checkpoint may be waiting for its copies in another thread: only this one is watched.
+        # Nor is torch's own stream for captures taken, which is the first device's.
+        mode = {"stream": self.side, "capture_error_mode": "thread_local"}
+        broke = None
+        try:
+            with torch.cuda.graph(graph, **mode):
+                try:
+                    self.loss = self._update()
+                except BaseException as error:
+                    broke = error
+                    raise
+        except RuntimeError as error:
+            broke = broke or error  # the end of a capture that broke raises an error of its own
+            if isinstance(broke, torch.OutOfMemoryError) or not isinstance(broke, RuntimeError):
+                raise broke from None
+            torch.cuda.set_stream(current)  # which that error has kept from being done
+            self.loss = None
+            self.optimizer.zero_grad(set_to_none=True)
+            for computing in self.computing:  # into memory of the graph, which nothing has written
+                computing.grad = None
+            return str(broke).splitlines()[0]
+        self.graph = graph
+        return None
 
     def _update(self) -> torch.Tensor:
         """The update itself; nothing in it waits for the device."""

@@ -242,12 +242,13 @@ class Arithmetic:
             f"{self.operations}, not dividing by 0, such as {self.example()}; got {question!r}"
         )
 
-    def answers(self, model) -> Iterator[str]:
+    def answers(self, model, *, cuda_graph: bool = True) -> Iterator[str]:
         """Yield what `model` answers to five held-out questions, and what is right."""
         key = make_key(0, 0, 0, self.device)
         idx, targets = self.batch(key, 5, self.width - 1, split="val", site=SITE_EVALUATION)
         right = torch.cat((idx, targets[:, -1:].clamp(min=0)), 1)
-        for row, expected in zip(self.solve(model, idx[:, : self.question]), right, strict=True):
+        answered = self.solve(model, idx[:, : self.question], cuda_graph=cuda_graph)
+        for row, expected in zip(answered, right, strict=True):
             row, expected = (
                 self.readable(self.tokenizer.decode(tokens)) for tokens in (row, expected)
             )
@@ -263,11 +264,16 @@ class Arithmetic:
         row = self.solve(model, torch.tensor(tokens, device=device)[None])[0]
         return self.readable(self.tokenizer.decode(row.tolist()))
 
-    def solve(self, model, questions: torch.Tensor) -> torch.Tensor:
+    def solve(self, model, questions: torch.Tensor, *, cuda_graph: bool = True) -> torch.Tensor:
         """The likeliest answers: (rows, question) tokens -> (rows, width) tokens."""
-        new = self.width - self.question
-        vocab_size = self.tokenizer.vocab_size  # the model's may be rounded up
-        return generate(model, questions, max_new_tokens=new, temperature=0, vocab_size=vocab_size)
+        return generate(
+            model,
+            questions,
+            max_new_tokens=self.width - self.question,
+            temperature=0,
+            vocab_size=self.tokenizer.vocab_size,  # the model's may be rounded up
+            cuda_graph=cuda_graph,
+        )
 
     def example(self) -> str:
         """A question."""

@@ -507,7 +507,8 @@ def show_sample(run: Run) -> None:
     if run.world.rank:
         return
     if isinstance(run.corpus, Arithmetic):
-        tqdm.write("\n".join("  | " + line for line in run.corpus.answers(model)))
+        lines = run.corpus.answers(model, cuda_graph=run.config.cuda_graph)
+        tqdm.write("\n".join("  | " + line for line in lines))
         return
     tokenizer = run.corpus.tokenizer
     idx = generate(
@@ -517,6 +518,7 @@ def show_sample(run: Run) -> None:
         temperature=0.8,
         seed=run.config.seed,
         vocab_size=tokenizer.vocab_size,
+        cuda_graph=run.config.cuda_graph,
     )
     text = tokenizer.decode(idx[0, 1:].tolist())
     tqdm.write("\n".join("  | " + line for line in text.strip().splitlines()))

@@ -538,6 +538,29 @@ def test_a_kept_step_goes_when_a_buffer_has_moved(monkeypatch):
     assert decoding.take_step(*arguments)[1] is not first
 
 
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_text_that_cannot_be_captured_comes_eagerly(pair, error, monkeypatch):
+    """Unless memory is short, which the plain loop would be, too."""
+
+    def take_step(*arguments):
+        raise error("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(decoding, "take_step", take_step)
+    runs = [
+        generation._Run(pair[1], [[1, 2], [3]], 9, Sampling(), None, 5, True, True)
+        for _ in range(2)
+    ]
+    runs[0].captured = True
+    if error is not RuntimeError:
+        with pytest.raises(error):
+            list(runs[0])
+        return
+    with pytest.warns(UserWarning, match="because the capture failed: operation not permitted$"):
+        captured = list(runs[0])
+    assert captured == list(runs[1]) == list(range(1, 11))
+    assert torch.equal(runs[0].out, runs[1].out)
+
+
 @pytest.mark.parametrize(("texts", "new"), [([[1], [2]], 0), ([], 5)], ids=["tokens", "prompts"])
 def test_nothing_is_captured_for_no(texts, new, monkeypatch):
     gpt = GPT(TINY.replace(block_size=1))

@@ -203,48 +203,92 @@ def test_a_captured_update_equals_the_eager_one_bit_for_bit(prepared, flags, dty
     assert all(map(torch.equal, state_of(captured), state_of(eager)))
 
 
-def test_a_capture_that_fails_leaves_eager_updates(prepared, monkeypatch):
-    """With a stand-in: it changes no number, and leaves gradients that were never computed."""
-    run, plain = (prepared("--cuda_graph=false", "--dropout=0.2") for _ in range(2))
+@pytest.fixture
+def capturing(prepared, monkeypatch):
+    """A run whose next update is captured, by a stand-in: it changes no number, and leaves
+    gradients that were never computed. Errors: `begin` comes before the update, `within` in its
+    optimizer, `end` at the end of the capture.
+    """
+    streams = []
+
+    def start(*flags, begin=None, within=None, end=None):
+        run = prepared("--cuda_graph=false", *flags)
+        update = run.update
+
+        @contextlib.contextmanager
+        def graph(graph, **mode):
+            kept = [tensor.clone() for tensor in state_of(run)], update.key.clone()
+            halves = [p.detach().clone() for p in update.computing]
+            if begin is not None:
+                raise begin
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for parameter, value in zip(run.model.parameters(), kept[0], strict=False):
+                        parameter.copy_(value)
+                        parameter.grad = torch.ones_like(parameter)
+                    for parameter, value in zip(update.computing, halves, strict=True):
+                        parameter.copy_(value)
+                        parameter.grad = torch.ones_like(parameter)
+                    run.optimizer.state.clear()
+                    update.key.copy_(kept[1])
+                if end is not None:
+                    raise end
+
+        def broken():
+            raise within
+
+        def set_stream(stream):
+            streams.append(stream)
+            monkeypatch.setattr(run.optimizer, "step", step)
+
+        step = run.optimizer.step
+        if within is not None:
+            monkeypatch.setattr(run.optimizer, "step", broken)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+        monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+        update.updates = step_module.EAGER_UPDATES
+        return run
+
+    start.streams = streams
+    return start
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("where", ["within", "end", "both"])
+def test_a_capture_that_fails_leaves_eager_updates(prepared, capturing, dtype, where):
+    """Said with what broke it, not with what its end makes of that, and on the stream of before."""
+    flags = "--dropout=0.2", f"--dtype={dtype}"
+    cause = RuntimeError("operation not permitted when stream is capturing\nsecond line")
+    broken = {"within": {"within": cause}, "end": {"end": cause}}
+    broken["both"] = {"within": cause, "end": RuntimeError("operation failed due to a previous")}
+    plain, run = prepared("--cuda_graph=false", *flags), capturing(*flags, **broken[where])
     before = state_of(run)
-
-    @contextlib.contextmanager
-    def graph(graph, **mode):
-        start = [tensor.clone() for tensor in state_of(run)], run.update.key.clone()
-        yield
-        with torch.no_grad():
-            for parameter, value in zip(run.model.parameters(), start[0], strict=False):
-                parameter.copy_(value)
-                parameter.grad = torch.ones_like(parameter)
-            run.optimizer.state.clear()
-            run.update.key.copy_(start[1])
-        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    run.update.updates = step_module.EAGER_UPDATES
     with pytest.warns(UserWarning, match="run eagerly, because its capture failed: operation not"):
         loss = run.update._on_gpu()
+    assert capturing.streams == ["current"]
     assert loss.item() == plain.update().item() and not all(map(torch.equal, before, state_of(run)))
     assert run.update.graph is None and "second line" not in run.update.how
     run.update.step += 1  # as a call of the whole update does
     assert [run.update().item() for _ in range(3)] == [plain.update().item() for _ in range(3)]
+    assert all(map(torch.equal, state_of(run), state_of(plain)))
 
 
-def test_a_capture_without_memory_ends_the_run(prepared, monkeypatch):
-    """That is mended by a smaller batch, not by eager updates."""
-
-    @contextlib.contextmanager
-    def graph(graph, **mode):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-        yield
-
-    run = prepared("--cuda_graph=false")
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    run.update.updates = step_module.EAGER_UPDATES
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()]
+)
+@pytest.mark.parametrize("end", [None, RuntimeError("operation failed due to a previous error")])
+def test_a_capture_without_memory_ends_the_run(capturing, error, end):
+    """That is mended by a smaller batch, not by eager updates; nor is a wish to stop lost."""
+    run = capturing(within=error, end=end)
+    with pytest.raises(type(error)):
         run.update._on_gpu()
+    if isinstance(error, RuntimeError):
+        with pytest.raises(type(error)):
+            capturing(begin=error).update._on_gpu()
 
 
 @pytest.mark.gpu
