@@ -33,10 +33,9 @@ TASKS = {
 WHOLE_MODELS = {"step", "generate", "memory", "scaling", "time_to_loss", "ablation"}
 FLAGS = {  # that apply to these alone; the others apply to all questions and selfcheck
     **dict.fromkeys(("gpu", "model", "gpus"), {"predict"}),
-    **dict.fromkeys(("preset", "seeds"), {"time_to_loss", "ablation"}),
+    **dict.fromkeys(("preset", "seeds", "data"), {"time_to_loss", "ablation"}),
     "results": {"report", "predict"},
     "target": {"time_to_loss"},
-    "data": WHOLE_MODELS - {"generate"},
 }
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SECONDS, QUICK_SECONDS = 300, 48  # beside which it starts, draws and writes
@@ -74,11 +73,11 @@ def _parser() -> Parser:
     add("--plot", metavar="DIR", help="write plots")
     add("--peers", nargs="+", metavar="P", help="all, none, or some; an unknown one lists them")
     add("--nanogpt", metavar="DIR", help="a checkout of nanoGPT, to compete with")
-    add("--data", metavar="TEXT", help="of the questions that train, as train.py's [auto]")
     group = parser.add_argument_group("time_to_loss, ablation")
     group.add_argument("--preset", metavar="P", help="recipe [speedrun; on a CPU speedrun-cpu]")
     group.add_argument("--target", type=float, metavar="L", help="exact loss, time_to_loss only")
     group.add_argument("--seeds", type=int, metavar="N", help="runs [1]")
+    group.add_argument("--data", metavar="TEXT", help="as train.py's [auto]")
     group = parser.add_argument_group("predict")
     group.add_argument("--gpu", metavar="G", help="h100, h200, a100, b200, mi300x, ... [h100]")
     group.add_argument("--model", metavar="M", help="a preset of train.py [gpt2-124m]")

@@ -49,12 +49,17 @@ def layer_work(B, H, T, D, itemsize: int, phase: str) -> Work:
     return Work(core.flops + products, moved, B * T)
 
 
+@functools.lru_cache(maxsize=4)
+def _future(T: int, device: torch.device) -> torch.Tensor:
+    """(T, T), true after the diagonal; made once, as models keep it."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+
+
 def plain_core(x, p, key):
     """softmax(scale q k^T, causal) v, probabilities dropped."""
     q, k, v = x["q"], x["k"], x["v"]
     B, H, T, D = q.shape
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = (q @ k.mT * D**-0.5).masked_fill(future, float("-inf")).softmax(-1)
+    weights = (q @ k.mT * D**-0.5).masked_fill(_future(T, q.device), float("-inf")).softmax(-1)
     if p and key is None:
         weights = F.dropout(weights, p)
     elif p:
@@ -127,7 +132,7 @@ def multihead_attention(x, p) -> Bound:
     mha = mha.to(x["x"].device, x["x"].dtype)
     mha.in_proj_weight.copy_(x["w_qkv"])
     mha.out_proj.weight.copy_(x["w_out"])
-    mask = torch.ones(T, T, dtype=torch.bool, device=x["x"].device).triu(1)
+    mask = _future(T, x["x"].device)
 
     def forward():
         x3 = x["x"], x["x"], x["x"]

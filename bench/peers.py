@@ -47,11 +47,14 @@ NANOGPT = ("nanogpt", "nanogpt-compile", "nanogpt-autocast")
 COMPILE_MODES = {"compile-default": "default", "compile-max": "max-autotune"}
 
 
-def require_compiler(options: Options, peer: str) -> None:
+def require_compiler(options: Options, peer: str, mode: str = "default") -> None:
     """Skip peers that torch.compile builds, unless they are worth it here.
 
-    On the CPU one compilation takes longer than a whole case, so there it must be asked for.
+    On the CPU one compilation takes longer than a whole case, so there it must be asked for; and
+    everywhere a search for the fastest kernels.
     """
+    if mode == "max-autotune" and options.peers is None and not options.full:
+        raise Skip("searches for a minute a case; ask for it: --full or --peers compile-max")
     if options.device.type == "cpu":
         if options.peers is None:
             raise Skip(f"compiles for long on a CPU; ask for it: --peers {peer.split('-')[0]}")
@@ -64,12 +67,9 @@ def require_compiler(options: Options, peer: str) -> None:
 def compiled(function: Callable, mode: str, options: Options) -> Callable:
     """`function` through torch.compile, one shape.
 
-    Ops use max-autotune without CUDA graphs: graphs would hide launches, not speed up kernels,
-    and event timing does not see launches anyway.
+    Ops use max-autotune without CUDA graphs of its own: they are replayed from one as all are.
     """
-    require_compiler(options, "compile")
-    if mode == "max-autotune" and options.peers is None and not options.full:
-        raise Skip("searches for a minute a case; ask for it: --full or --peers compile-max")
+    require_compiler(options, "compile", mode)
     mode = {"max-autotune": "max-autotune-no-cudagraphs"}.get(mode, mode)
     return torch.compile(function, dynamic=False, mode=mode)
 

@@ -44,8 +44,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         record["cuda"] = torch.version.cuda or torch.version.hip
+        record["cudnn"] = torch.backends.cudnn.version()
+        record["driver"] = driver_version()
         record["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return record
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.split()[0] if said.stdout.split() else None
 
 
 def device_name(device: torch.device) -> str:

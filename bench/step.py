@@ -4,12 +4,12 @@ Question
     How long is a step of gptcore as `train.py` runs it, beside the models people would use?
 Method
     Every contestant trains its own copy of a model of the same size, interleaved step by step.
-    gptcore runs its trainer's step, batches included; peers get one batch for free. A vocabulary
-    that no characters fill is drawn from evenly. Before that an update of each, dropout off, is
-    held against the naive model in float64, peers in their own wiring: the clipped gradients that
-    the optimizer is given, which must then change every weight; of gptcore it is an update after
-    the warm-ups, replayed where the timed ones are. nanoGPT's and transformers' models are wired
-    differently (tied head, GELU) and are compared for their size; on a GPU nanoGPT's also
+    gptcore runs its trainer's step, batches included; peers get one batch for free. Tokens are
+    drawn evenly from the vocabulary, as no text is needed. Before that an update of each, dropout
+    off, is held against the naive model in float64, peers in their own wiring: the clipped
+    gradients that the optimizer is given, which must then change every weight; of gptcore it is an
+    update after the warm-ups, replayed where the timed ones are. nanoGPT's and transformers' models
+    are wired differently (tied head, GELU) and are compared for their size; on a GPU nanoGPT's also
     compiled, as its train.py does by itself.
     On a CPU "naive" and "nanogpt" train in plain Python processes of their own, so that what
     gptcore asks of this one's allocator cannot help them, and in float32, as they are written;
@@ -23,11 +23,14 @@ import copy
 import dataclasses
 import functools
 import shutil
+import string
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import models, peers
@@ -40,7 +43,8 @@ from gptcore.roofline import model_flops
 from kernels.checks import Measured, draws_of
 from kernels.rng import make_key
 
-CORPUS_VOCABULARY = 65
+CHARACTERS = (string.ascii_letters + string.digits + " .\n").encode()  # as many as the notebook's
+CORPUS = 1 << 20  # tokens
 JUDGED_ROWS = 8  # of the batch, on a CPU: float64 takes it minutes
 ADAMW_BYTES = 28  # a parameter: read it, its gradient and both moments, write all but the gradient
 PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", *peers.NANOGPT)
@@ -48,15 +52,15 @@ PEERS = ("naive", "eager", *peers.COMPILE_MODES, "transformers", *peers.NANOGPT)
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A preset with some fields changed; `vocab_size` pads the character vocabulary."""
+    """A preset with some fields changed; `vocab_size` is that of the characters, or more."""
 
     name: str
     preset: str
     given: dict[str, Any]
-    vocab_size: int = CORPUS_VOCABULARY
+    vocab_size: int = len(CHARACTERS)
 
-    def settings(self, options: Options, out_dir: str | None) -> Settings:
-        """What train.py would be told."""
+    def settings(self, options: Options, folder: Path | None) -> Settings:
+        """What train.py would be told; text and run are in `folder`."""
         dtype = str(options.dtype).removeprefix("torch.")
         return Settings(
             self.preset,
@@ -64,10 +68,11 @@ class Size:
                 **self.given,
                 "tokenizer": "char",
                 "vocab_multiple": self.vocab_size,
-                "data": options.data,
+                **(
+                    {"data": str(folder / "text"), "out_dir": str(folder / "run")} if folder else {}
+                ),
                 "device": str(options.device),
                 "dtype": dtype,
-                "out_dir": out_dir,
             },
         )
 
@@ -84,12 +89,15 @@ class _Bench:
         from gptcore import trainer
 
         self.options = options
-        folder = tempfile.mkdtemp(prefix="bench-step-")
+        folder = Path(tempfile.mkdtemp(prefix="bench-step-"))
         weakref.finalize(self, shutil.rmtree, folder)
+        places = np.random.default_rng(0).integers(len(CHARACTERS), size=CORPUS)
+        text = np.frombuffer(CHARACTERS, dtype=np.uint8)[places]
+        (folder / "text").write_bytes(text.tobytes())
         self.run = trainer.prepare(size.settings(options, folder))
         self.train, self.source = self.run.config, self.run.model
         key, config = make_key(self.train.seed, 0, 0, options.device), self.source.config
-        if config.vocab_size > CORPUS_VOCABULARY:  # characters would meet few rows of the tables
+        if config.vocab_size > len(CHARACTERS):  # they would meet few rows of the tables
             text = self.run.corpus.train
             ids = torch.randint(config.vocab_size, text.shape, device=text.device)
             object.__setattr__(self.run.corpus, "train", ids.to(torch.uint16))  # Step holds it too
@@ -197,7 +205,7 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
         return Contestant(name, lambda: start(build(bench.wired(**wiring))), check, here=here)
 
     def compiled(mode, model, batch):
-        peers.require_compiler(options, "compile")
+        peers.require_compiler(options, "compile", mode)
         forward = torch.compile(lambda i, t: models.loss_of(model, i, t), dynamic=False, mode=mode)
         return bench.step(model, batch, forward)
 

@@ -18,6 +18,7 @@ Formula
     caches does.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -190,15 +191,16 @@ def nanogpt_run(options: Options, seed: int, flags: tuple[str, ...] = ()) -> Run
     if options.nanogpt is None:
         raise Skip("no folder named: --nanogpt DIR")
     target, curve, steps = target_of(options), [], 0
-    with tempfile.TemporaryDirectory(prefix="bench-nanogpt-") as folder:
-        work = Path(folder)
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-nanogpt-")))
         corpus = _prepare_nanogpt(options, work)
         flags = *NANOGPT_COMMANDS[options.device.type], *flags
+        errors = stack.enter_context(open(work / "stderr", "w+"))
         process = subprocess.Popen(
             [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *flags],
             cwd=work,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=errors,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
@@ -221,7 +223,9 @@ def nanogpt_run(options: Options, seed: int, flags: tuple[str, ...] = ()) -> Run
             _stop(process)
             process.stdout.close()
         if not curve:
-            raise RunError("time_to_loss: nanoGPT's train.py must print losses; got none")
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or ["nothing"]
+            raise RunError(f"time_to_loss: nanoGPT's train.py must print losses; got {said[-1]}")
         exact = _nanogpt_exact_loss(options, work, corpus)
     seconds, val_loss = curve[-1]
     return {
@@ -287,6 +291,7 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
     """The runs, gptcore's and nanoGPT's in turns, and their table."""
     runs: list[Run] = []
     absent: dict[str, str] = {}
+    broken: list[str] = []
     runners = {OURS: gptcore_run}
     if options.wants("nanogpt"):
         runners["nanogpt"] = nanogpt_run
@@ -301,8 +306,9 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
                 if seed == NANOGPT_SEED and options.device.type == "cuda":
                     runner(options, seed, flags=_ONE_STEP[who])
                 runs.append(runner(options, seed))
-            except Skip as reason:
+            except (Skip, RunError) as reason:  # the other's runs are not lost with it
                 absent[who] = str(reason)
+                broken += [who] if who == OURS and isinstance(reason, RunError) else []
             else:
                 _show_run(runs[-1])
     content = {
@@ -311,6 +317,7 @@ def answer(options: Options, stopwatch, ceilings, show) -> dict[str, Any]:
         "preset": preset_of(options),
         "runs": runs,
         "absent": absent,
+        "broken": broken,
     }
     for table in tables(content):
         print(f"\n{table['title']}\n{render.align(table['rows'])}")

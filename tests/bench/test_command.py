@@ -38,7 +38,7 @@ BAD = {
     "gpu of a question": (["step", "--gpu", "h100"], "--gpu says nothing to step"),
     "seeds of a question": (["attention", "--seeds", "3"], "--seeds says nothing to attention"),
     "target of an ablation": (["ablation", "--target", "1.8"], "--target says nothing to ablation"),
-    "data of generation": (["generate", "--data", "x"], "--data says nothing to generate"),
+    "data of a step": (["step", "--data", "x"], "--data says nothing to step"),
     "preset of a quick all": (["--quick", "--preset", "best"], "--preset says nothing to all"),
     "gpu of all": (["--gpu", "h100"], "--gpu says nothing to all"),
     "seconds of predict": (["predict", "--seconds", "9"], "--seconds says nothing to predict"),

@@ -30,7 +30,7 @@ def tiny_step(**given):
 
 
 def test_a_step_is_checked_and_timed_beside_its_peers():
-    options = dataclasses.replace(OPTIONS, data="pydoc", peers=("naive", "eager"))
+    options = dataclasses.replace(OPTIONS, peers=("naive", "eager"))
     case = step.step_case(tiny_step(), options)
     record = run_case(case, options, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
     timed = [result["name"] for result in record["results"] if result["status"] == "timed"]
@@ -46,7 +46,7 @@ def test_a_step_moves_seven_numbers_a_parameter():
 @pytest.mark.parametrize("cuda_graph", [True, False])
 def test_no_sample_of_a_step_holds_what_its_first_updates_set_up(cuda_graph):
     """Recording, or capturing, and proving are over when the first sample is taken."""
-    options = dataclasses.replace(OPTIONS, data="pydoc", peers=())
+    options = dataclasses.replace(OPTIONS, peers=())
     case = step.step_case(tiny_step(cuda_graph=cuda_graph), options)
     ours = next(iter(case.open()))
     started(ours, case, CPU)
@@ -64,7 +64,7 @@ def test_a_step_of_wrong_weights_is_not_timed(monkeypatch):
         return model
 
     monkeypatch.setattr(models, "batched", damaged)
-    options = dataclasses.replace(OPTIONS, data="pydoc", peers=("eager",))
+    options = dataclasses.replace(OPTIONS, peers=("eager",))
     case = step.step_case(tiny_step(), options)
     record = run_case(case, options, Stopwatch(CPU, cache_bytes=0), CEILINGS, seconds=0.0)
     assert [r["status"] for r in record["results"]] == ["timed", "failed"]
@@ -72,7 +72,7 @@ def test_a_step_of_wrong_weights_is_not_timed(monkeypatch):
 
 def failed_update(monkeypatch, name, damage, **given):
     """Why an update that `damage` spoils, one of the tiny step's, is not timed."""
-    options = dataclasses.replace(OPTIONS, data="pydoc", peers=("naive", "eager"))
+    options = dataclasses.replace(OPTIONS, peers=("naive", "eager"))
     contestants = {c.name: c for c in step.step_case(tiny_step(**given), options).open()}
     assert contestants[name].check().passed
     damage(monkeypatch)
@@ -134,7 +134,7 @@ def test_a_replay_of_ours_that_differs_from_what_it_recorded_is_not_timed(monkey
 @pytest.mark.parametrize("name", [OURS, "eager"])
 def test_an_update_that_leaves_a_weight_alone_is_not_timed(name, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    options = dataclasses.replace(OPTIONS, data="pydoc", peers=("eager",))
+    options = dataclasses.replace(OPTIONS, peers=("eager",))
     contestants = {c.name: c for c in step.step_case(tiny_step(), options).open()}
     with pytest.raises(RuntimeError, match="must change every weight"):
         contestants[name].check()
@@ -171,7 +171,7 @@ def test_on_a_cpu_nanogpt_is_timed_as_written_and_by_autocast(tmp_path, monkeypa
         return types.SimpleNamespace(begin=begin, step_ms=lambda: 1.0)
 
     monkeypatch.setattr(step, "worker_of", worker_of)
-    given = {"dtype": torch.bfloat16, "data": "pydoc", "nanogpt": tmp_path}
+    given = {"dtype": torch.bfloat16, "nanogpt": tmp_path}
     options = dataclasses.replace(OPTIONS, peers=("naive", "nanogpt"), **given)
     for contestant in step.step_case(tiny_step(), options).open():
         contestant.start()
@@ -184,12 +184,24 @@ def test_on_a_cpu_nanogpt_is_timed_as_written_and_by_autocast(tmp_path, monkeypa
 
 def test_ids_come_from_the_whole_vocabulary():
     """Characters alone would meet 65 of GPT-2's 50,304 rows."""
-    options = dataclasses.replace(OPTIONS, data="pydoc", peers=())
-    size = dataclasses.replace(tiny_step(), vocab_size=1000)
-    bench = next(iter(step.step_case(size, options).open())).check.__self__
-    drawn = bench.run.update.stream.batch(0, 0, 2)
-    for idx in (*bench.batch, *drawn):
-        assert 500 < idx.max() < 1000
+    options = dataclasses.replace(OPTIONS, peers=())
+    for vocab_size in (65, 1000):
+        size = dataclasses.replace(tiny_step(batch_size=64), vocab_size=vocab_size)
+        case = step.step_case(size, options)
+        bench = next(iter(case.open())).check.__self__
+        drawn = bench.run.update.stream.batch(0, 0, 64)
+        for idx in (*bench.batch, *drawn):
+            assert 0.9 * vocab_size < idx.max() < vocab_size and idx.min() < 0.1 * vocab_size
+
+
+def test_the_model_that_trains_is_the_one_on_record(monkeypatch, tmp_path):
+    """Offline, too, and wherever no text is: work, limit and predictions are of that model."""
+    monkeypatch.setenv("GPTCORE_DATA_DIR", str(tmp_path))
+    for vocab_size in (65, 130):
+        size = dataclasses.replace(tiny_step(), vocab_size=vocab_size)
+        case = step.step_case(size, dataclasses.replace(OPTIONS, peers=()))
+        trained = next(iter(case.open())).check.__self__.source.config
+        assert case.config == dataclasses.asdict(trained) and trained.vocab_size == vocab_size
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Whole runs, of gptcore and of nanoGPT: seconds to a loss, and the ablation."""
 
+import collections
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -203,6 +205,38 @@ def test_nanogpt_is_timed_from_its_first_evaluation_and_judged_on_the_whole_spli
     log_p = torch.load(seen / "table").double().log_softmax(-1)
     losses = [-log_p[pair].item() for pair in zip(val, val[1:], strict=False)]
     assert len(losses) % 8 and run["exact_val_loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_a_nanogpt_that_breaks_is_told_in_its_words(tmp_path):
+    (tmp_path / "config").mkdir()
+    for name in ("config/train_shakespeare_char.py", "configurator.py", "model.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "train.py").write_text("raise SystemExit('no C++ compiler')")
+    (tmp_path / "text").write_text("held out is what is last" * 30)
+    given = {"nanogpt": tmp_path, "data": str(tmp_path / "text"), "target": 2.2}
+    with pytest.raises(RunError, match="must print losses; got no C"):
+        time_to_loss.nanogpt_run(dataclasses.replace(OPTIONS, **given), 1)
+
+
+@pytest.mark.parametrize("who", [OURS, "nanogpt"])
+def test_whoever_breaks_costs_the_other_no_runs(who, monkeypatch):
+    """Of ours it is told as a failure, besides."""
+
+    def run(name, options, seed, flags=()):
+        if name == who and seed > 1337:
+            raise RunError("no C++ compiler")
+        return {"who": name, "seed": seed, "seconds": 1.0, "steps": 1, "val_loss": 1.0,
+                "reached": True, "curve": []}  # fmt: skip
+
+    monkeypatch.setattr(time_to_loss, "gptcore_run", functools.partial(run, OURS))
+    monkeypatch.setattr(time_to_loss, "nanogpt_run", functools.partial(run, "nanogpt"))
+    options = dataclasses.replace(OPTIONS, seeds=3)
+    content = time_to_loss.answer(options, None, None, None)
+    assert content["absent"] == {who: "no C++ compiler"}
+    counts = collections.Counter(run["who"] for run in content["runs"])
+    assert counts == {name: 1 if name == who else 3 for name in (OURS, "nanogpt")}
+    failures = ["time_to_loss: gptcore: no C++ compiler"] if who == OURS else []
+    assert broken({"questions": {"time_to_loss": content}}) == failures
 
 
 def test_the_ablation_pairs_runs_by_seed():
