@@ -96,6 +96,8 @@ class _Scratch:
 def above_diagonal(Tq, Tk, dtype, device):
     """(Tq, Tk), to be added to scores: -inf where a key comes after the query, else 0."""
     cached = Tq * Tk <= BLOCK_ELEMENTS and not faking()  # a large one would be held for good
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        cached = False  # the graph would read it when the cache has long let it go
     make = _above_diagonal if cached else _above_diagonal.__wrapped__
     return make(Tq, Tk, dtype, device)
 

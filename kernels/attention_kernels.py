@@ -629,7 +629,7 @@ def _options(kernel: str, tensors, dropout_p: float, key, blocks: Plan | None) -
     """
     q, k = tensors[:2]
     D, architecture = q.shape[-1], backend.architecture(q.device)
-    precision = backend.product_precision(q.dtype)
+    precision = backend.product_precision(q)
     tf32 = precision == "tf32"
     blocks = blocks or plan(kernel, architecture, D, k.shape[2], q.dtype, dropout_p > 0, tf32)
     options = {"maxnreg": blocks.registers} if blocks.registers else {}

@@ -232,14 +232,16 @@ def _device_architecture(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def product_precision(dtype: torch.dtype) -> str:
+def product_precision(x: torch.Tensor) -> str:
     """`input_precision` of `tl.dot`: PyTorch's own setting decides how float32 is multiplied.
 
-    This is the one of its names that can be read whichever of them was written.
+    This is the one of its names that can be read whichever of them was written. Of AMD's GPUs
+    Triton knows TF32 on gfx942 alone.
     """
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    gpu = architecture(x.device)
+    return "ieee" if gpu.startswith("gfx") and gpu != "gfx942" else "tf32"
 
 
 @functools.cache

@@ -175,6 +175,7 @@ CASES = (
     _case("dropout_add_layer_norm", "M16384-C768-bf16", ("sm_90",)),
     _case("dropout_add_layer_norm", "M16384-C1024-bf16-p0.2"),
     _case("dropout_add_layer_norm", "M16384-C4096-bf16-p0.2", ("sm_90",)),
+    _case("dropout_add_layer_norm", "M16384-C8192-fp32-p0.2", ("sm_89",)),
     _case("linear_act", "M16384-K384-N1536-bf16-relu", ALL),
     _case("linear_act", "M16384-K768-N3072-bf16-gelu", ALL),
     _case("linear_act", "M16384-K384-N1536-bf16-relu2"),
@@ -519,6 +520,10 @@ dropout_add_layer_norm M16384-C4096-bf16-p0.2
   _layer_norm_forward_kernel sm_90 56 0 32 4 39.3 -
   _layer_norm_backward_kernel sm_90 128 0 24660 1 43.0 -
   _sum_partials_kernel sm_90 48 0 1024 2 - -
+dropout_add_layer_norm M16384-C8192-fp32-p0.2
+  _layer_norm_forward_kernel sm_89 72 0 16384 1 33.5 -
+  _layer_norm_backward_kernel sm_89 128 0 16384 1 30.0 -
+  _sum_partials_kernel sm_89 48 0 1024 2 - -
 linear_act M16384-K384-N1536-bf16-relu
   _activation_backward_kernel sm_80 104 0 4096 4 - -
   _sum_partials_kernel sm_80 48 0 1024 2 - -

@@ -337,7 +337,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dtoken (V, C), dposition (P, C)), each empty where it is not needed."""
     B, T, C = dy.shape
-    dy, idx = dy.reshape(-1, C), idx.reshape(-1)
+    dy, idx = dy.reshape(-1, C), idx.reshape(-1).contiguous()  # one stride, of rows, not 1 perhaps
     common = {
         "stride_dm": dy.stride(0),
         "stride_dc": dy.stride(1),

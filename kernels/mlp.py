@@ -71,13 +71,19 @@ def _gelu_gate(z):
 
 
 @jit
+def _positive(z):
+    """max(z, 0), and NaN of NaN: of a GPU's plain maximum it would be 0, and the loss finite."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def _activate(z, ACTIVATION: tl.constexpr):
     """act(z), float32."""
     if ACTIVATION == "gelu":
         gate, _ = _gelu_gate(z)
         y = z * gate
     else:
-        y = tl.maximum(z, 0.0)
+        y = _positive(z)
         if ACTIVATION == "relu2":
             y *= y
     return y
@@ -89,7 +95,7 @@ def _activation_backward(dy, saved, ACTIVATION: tl.constexpr, KEPT_Z: tl.constex
     if ACTIVATION == "relu":
         dz = tl.where(saved > 0, dy, 0.0)
     elif ACTIVATION == "relu2":
-        dz = dy * (2 * (tl.maximum(saved, 0.0) if KEPT_Z else tl.sqrt(saved)))
+        dz = dy * (2 * (_positive(saved) if KEPT_Z else tl.sqrt(saved)))
     else:
         gate, dgate = _gelu_gate(saved)
         slope = 1.5957691216057308 + 0.2140644488178 * (saved * saved)  # 2 du/dz
@@ -298,7 +304,7 @@ def _forward(
         *weight.stride(),
         1 if bias is None else bias.stride(0),
         ACTIVATION=activation,
-        PRECISION=backend.product_precision(x.dtype),
+        PRECISION=backend.product_precision(x),
         BLOCK_M=plan.BLOCK_M,
         BLOCK_N=plan.BLOCK_N,
         BLOCK_K=plan.BLOCK_K,

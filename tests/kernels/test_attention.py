@@ -570,6 +570,22 @@ def test_the_compiler_takes_any_scale():
         torch.testing.assert_close(compiled(q, scale), causal_attention(q, q, q, scale=scale))
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_captured_mask_is_the_graphs_own(capturing, monkeypatch):
+    """One of the cache may be freed, for another, before the graph is replayed."""
+    made = []
+
+    def cached(*arguments):
+        made.append("cached")
+
+    cached.__wrapped__ = lambda *arguments: made.append(arguments)
+    monkeypatch.setattr(attention_eager, "_above_diagonal", cached)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    arguments = 4, 5, torch.float32, torch.device("cuda")
+    attention_eager.above_diagonal(*arguments)
+    assert made == [arguments if capturing else "cached"]
+
+
 def test_masks_made_for_one_call_fit_the_next(monkeypatch):
     """What inference or fake tensors left behind is not taken for training."""
     monkeypatch.setattr(attention, "_SMALL", 0)

@@ -595,3 +595,40 @@ def test_pytorchs_setting_decides_how_float32_is_multiplied(matmul_settings, set
     assert found == [expected] * 3
     halves = codegen.record(lambda: kernels.causal_attention(*[q.detach().half()] * 3), "sm_90")
     assert [launch.kwargs["PRECISION"] for launch in halves] == ["ieee"]
+
+
+@pytest.mark.parametrize(("arch", "expected"), [("gfx942", "tf32"), ("gfx1100", "ieee")])
+def test_amds_gpus_are_asked_for_tf32_only_where_triton_has_it(matmul_settings, arch, expected):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    q = torch.empty(1, 2, 64, 64, device="meta")
+    launches = codegen.record(lambda: kernels.causal_attention(q, q, q), arch)
+    assert [launch.kwargs["PRECISION"] for launch in launches] == [expected]
+
+
+NAN = """
+import torch
+import kernels
+from kernels import codegen
+
+opcodes, read = [], codegen.read_sass
+
+def noted(*arguments):
+    code, resources = read(*arguments)
+    opcodes.extend(instruction.opcode for instruction in code)
+    return code, resources
+
+codegen.read_sass = noted
+x, w = (torch.empty(64, 64, device="meta", dtype=torch.bfloat16) for _ in range(2))
+for launch in codegen.record(lambda: kernels.linear_act(x, w, None, activation="relu2"), "sm_90"):
+    codegen.compile_launch(launch.kernel, launch.grid, launch.args, launch.kwargs, "sm_90")
+print(*sorted({opcode for opcode in opcodes if "MNMX" in opcode}))
+"""
+
+
+def test_no_maximum_of_an_activation_hides_a_nan():
+    """A plain one of a GPU's is the other number; the interpreter's is NaN, whichever is asked."""
+    environment = COMPILED | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = run("-c", NAN, env=environment)
+    assert result.returncode == 0, result.stderr
+    maxima = result.stdout.split()
+    assert maxima and all(".NAN" in opcode for opcode in maxima if opcode.startswith("F")), maxima

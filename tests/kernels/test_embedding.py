@@ -1,5 +1,6 @@
 """embed against float64, by the 2x rule, on both backends; masks bit for bit."""
 
+import functools
 import importlib
 
 import pytest
@@ -129,6 +130,19 @@ def test_strided_inputs(device, poisoned, backend):
             [token, position[:, :8].contiguous()],
         )
     )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("steps", ["columns", "one column", "one row of many"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_between_others(device, poisoned, monkeypatch, backend, steps, way):
+    """Flattened they are a view of one stride, which is not 1: windows of block_size 1 are."""
+    choose(monkeypatch, way)
+    idx, weights = make_inputs(device, 6, 8, 20, 40, 8)
+    idx = {"columns": idx[:, ::2], "one column": idx[:, :1]}.get(steps, idx[0, 0].expand(3, 8))
+    assert not idx.is_contiguous() and idx.view(-1).stride(0) != 1
+    fused, reference = functools.partial(embed, idx, backend=backend), functools.partial(plain, idx)
+    assert_passed(comparisons(fused, reference, weights))
 
 
 @pytest.mark.parametrize("words", [2, 3])
