@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.timing import Call, Stopwatch, measure, paired_ratio, replayed, summarise
+from bench.timing import BrokenCall, Call, Stopwatch, measure, paired_ratio, replayed, summarise
 from kernels.checks import Comparison, Measured, compare_all, hold_rule
 
 OURS = "gptcore"
@@ -85,6 +85,7 @@ class Contestant:
     Args:
         warm_ups: untimed calls until each is like the next.
         here: like start, in this process, where `start` has another do and time the work.
+        dtype: that it computes in, where that is not the case's.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Contestant:
     check: Callable[[], Check]
     warm_ups: int = 1
     here: Callable[[], Call] | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,19 @@ def started(contestant: Contestant, case: Case, device: torch.device) -> tuple[C
     if case.flush and device.type == "cuda":
         try:
             return replayed(call, device), None
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             return call, first_line(error)
     return call, None
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What is on record of a contestant that raised: a result, not the end of the benchmark."""
+    if isinstance(error, Skip | torch.OutOfMemoryError):
+        reason = str(error) if isinstance(error, Skip) else "out of memory"
+        return {"status": "skipped", "reason": reason}
+    return {"status": "failed", "reason": first_line(error)}
 
 
 def run_case(
@@ -215,6 +227,8 @@ def run_case(
     calls: dict[str, Call] = {}
     for contestant in case.open():
         result: dict[str, Any] = {"name": contestant.name}
+        if contestant.dtype is not None:
+            result["dtype"] = str(contestant.dtype).removeprefix("torch.")
         results[contestant.name] = result
         try:
             check = contestant.check()
@@ -225,12 +239,8 @@ def run_case(
             call, reason = started(contestant, case, stopwatch.device)
             if reason:
                 result["not_replayed"] = reason
-        except Skip as reason:
-            result |= {"status": "skipped", "reason": str(reason)}
-        except torch.OutOfMemoryError:
-            result |= {"status": "skipped", "reason": "out of memory"}
-        except Exception as error:  # a broken peer is a result, not the end of the benchmark
-            result |= {"status": "failed", "reason": first_line(error)}
+        except Exception as error:
+            result |= _failure(error)
         else:
             calls[contestant.name] = call
     record = {
@@ -245,10 +255,17 @@ def run_case(
         **limit(case.work, ceilings),
         "results": list(results.values()),
     }
-    if not calls:
+    how = {"max_rounds": 8 if options.quick else 50, "flush": case.flush}
+    samples = None
+    while calls and samples is None:
+        try:
+            samples = measure(calls, stopwatch, seconds=seconds, **how)
+        except BrokenCall as broken:  # that ran when it was warmed up, with less memory held
+            results[broken.name] |= _failure(broken.__cause__)
+            del calls[broken.name]
+            gc.collect()
+    if samples is None:
         return record
-    rounds = 8 if options.quick else 50
-    samples = measure(calls, stopwatch, seconds=seconds, max_rounds=rounds, flush=case.flush)
     record |= {"calls_per_sample": samples.calls, "cold": samples.cold}
     for name, ms in samples.ms.items():
         summary = summarise(ms)

@@ -140,7 +140,8 @@ def measured_machine(record, question: str, case) -> Machine:
     cpu = record["environment"]["device_type"] == "cpu"
     calls, update_calls = CPU_CALLS, 0
     if not cpu:
-        calls = kernels_of(GPTConfig(**case["config"]), case["shape"]["B"], "sm_90")
+        arch = "sm_" + record["environment"]["capability"].replace(".", "")
+        calls = kernels_of(GPTConfig(**case["config"]), case["shape"]["B"], arch)
         update_calls = UPDATE_KERNELS
     return Machine(
         name=record["environment"]["device"],
@@ -246,7 +247,7 @@ def static_kernels(config: GPTConfig, B: int, T: int, gpu: GPU) -> tuple[dict[st
 
     if not backend.HAS_TRITON or backend.interpreting():
         return {}, "bounds of fused kernels: their floors, for Triton cannot compile here"
-    seconds = {ATTENTION: 0.0, OTHER: 0.0}
+    seconds, timed, kernels = {ATTENTION: 0.0, OTHER: 0.0}, 0, 0
     for kind, times, case in fused_cases(config, B, T, gpu):
         for row in codegen.examine([case], [gpu.arch], {gpu.arch: gpu}):
             if "error" in row:
@@ -255,7 +256,11 @@ def static_kernels(config: GPTConfig, B: int, T: int, gpu: GPU) -> tuple[dict[st
                 continue
             bound = (row["bound_us"] or row["floor_us"]) / KERNEL_EFFICIENCY
             seconds[kind] += times * (row["measured_us"] or bound) * 1e-6
-    return seconds, "bounds of fused kernels: of the code that Triton makes (kernels.codegen)"
+            kernels, timed = kernels + 1, timed + (row["measured_us"] is not None)
+    return seconds, (
+        "bounds of fused kernels: of the code that Triton makes (kernels.codegen); "
+        f"{timed} of {kernels} are times on record instead"
+    )
 
 
 def predict(*, gpu: str, model: str, gpus: int, results: Path) -> int:
@@ -326,7 +331,7 @@ def preset(name: str) -> tuple[TrainConfig, GPTConfig]:
 def assumptions(gpu: GPU, machine: Machine, gpus: int, ring: float) -> list[str]:
     """One line each."""
     lines = [
-        f"fused kernels reach {KERNEL_EFFICIENCY:.0%} of their bound (none timed yet)",
+        f"fused kernels reach {KERNEL_EFFICIENCY:.0%} of their bound, where none is on record",
         f"matrix products reach {MATMUL_FRACTION * PRODUCT_EFFICIENCY:.0%} of "
         f"{gpu.tensor_rate['bfloat16'] / 1e12:,.0f} TFLOP/s, copies {COPY_FRACTION:.0%} of "
         f"{gpu.bandwidth / 1e12:.2f} TB/s (one H200: 790 of 989, 4.3 of 4.8; square products, "

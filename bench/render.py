@@ -55,7 +55,7 @@ def case_rows(case: Record) -> list[list[str]]:
         ratio = result.get("ratio")
         rows.append(
             [
-                result["name"],
+                result["name"] + (f", {result['dtype']}" if "dtype" in result else ""),
                 quantity(result["median_ms"]),
                 f"{(result['q75_ms'] - result['q25_ms']) / result['median_ms']:.1%}",
                 quantity(result["rate"]),

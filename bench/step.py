@@ -11,9 +11,10 @@ Method
     update after the warm-ups, replayed where the timed ones are. nanoGPT's and transformers' models
     are wired differently (tied head, GELU) and are compared for their size; on a GPU nanoGPT's also
     compiled, as its train.py does by itself.
-    On a CPU "naive" and "nanogpt" train in plain Python processes of their own, so that what
-    gptcore asks of this one's allocator cannot help them, and in float32, as they are written;
-    with --dtype bfloat16 "nanogpt-autocast" shows what that would give nanoGPT.
+    "naive" computes in float32, as it is written, and so does "nanogpt" on a CPU, where with
+    --dtype bfloat16 "nanogpt-autocast" shows what that would give it. There both train in plain
+    Python processes of their own, so that what gptcore asks of this one's allocator cannot help
+    them.
 Formula
     FLOPs: 6 a matrix weight and token, plus three times the causal half of attention's products.
     bytes: AdamW's traffic alone, 28 a parameter; activations depend on who computes.
@@ -200,9 +201,14 @@ def _open(size: Size, options: Options, only: tuple[str, ...] | None) -> Iterato
         def here():
             return step(build(bench.wired(**wiring)), bench.batch)
 
+        other = None if dtype == options.dtype else dtype
         if start is None:
-            return Contestant(name, here, check)
-        return Contestant(name, lambda: start(build(bench.wired(**wiring))), check, here=here)
+            return Contestant(name, here, check, dtype=other)
+
+        def there():
+            return start(build(bench.wired(**wiring)))
+
+        return Contestant(name, there, check, here=here, dtype=other)
 
     def compiled(mode, model, batch):
         peers.require_compiler(options, "compile", mode)

@@ -10,14 +10,29 @@ import pytest
 
 from bench.harness import Skip, started
 from bench.peers import SDPA_WARNINGS
-from bench.timing import SelfTimed
+from kernels.timing import raise_clocks
 
-pytestmark = pytest.mark.filterwarnings(f"ignore:{SDPA_WARNINGS}")
 ROUNDS = 7
 
 
+class Clock:
+    """Seconds of what has been sampled: a GPU's by its events, of a process by its own account."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+clock = Clock()
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{SDPA_WARNINGS}"),
+    pytest.mark.benchmark(timer=clock),
+]
+
+
 def test_bench(benchmark, stopwatch, question, case, contestant_name):
-    """Check, then time; the GPU is waited for, the caches are flushed before every round."""
+    """Check, then time as `python -m bench` does, one contestant after the other."""
     contestant = next((c for c in case.open() if c.name == contestant_name), None)
     if contestant is None:
         pytest.skip("not asked for")
@@ -27,26 +42,12 @@ def test_bench(benchmark, stopwatch, question, case, contestant_name):
         call, not_replayed = started(contestant, case, stopwatch.device)
     except Skip as reason:
         pytest.skip(str(reason))
-    if isinstance(call, SelfTimed):
-        pytest.skip("runs in a process of its own; see python -m bench")
-    device = stopwatch.device
 
-    def synchronised():
-        call()
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(device)
-
-    def flush():
-        if case.flush:
-            stopwatch.flush()
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(device)
+    def sampled():
+        clock.seconds += 1e-3 * stopwatch.sample(call, cold=case.flush)
 
     benchmark.group = f"{question}: {case.name} {case.dtype}"
     benchmark.extra_info |= {"check": check.text, "flops": case.work.flops}
     benchmark.extra_info |= {"not_replayed": not_replayed} if not_replayed else {}
-    benchmark.pedantic(synchronised, setup=flush, rounds=ROUNDS, warmup_rounds=1)
+    raise_clocks(stopwatch.device, call)
+    benchmark.pedantic(sampled, rounds=ROUNDS, warmup_rounds=1)

@@ -11,12 +11,13 @@ Method
     then every sample is many calls in a row on warm caches, because a clock cannot see one.
 """
 
+import contextlib
 import gc
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,18 @@ def replayed(call: Call, device: torch.device) -> Replayed:
     return Replayed(call, side)
 
 
+class BrokenCall(Exception):
+    """A contestant's call raised while it was measured; the error is the cause.
+
+    Attributes:
+        name: the contestant's.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
 class SelfTimed:
     """A call that does its own timing, in a process of its own, and returns milliseconds."""
 
@@ -144,8 +157,12 @@ def measure(
         seconds: how long to go on, but never less than MIN_ROUNDS rounds (FEW_ROUNDS of calls
             that take very long).
         flush: False where the work itself passes the caches many times over.
+    Raises: BrokenCall.
     """
-    once = {name: min(stopwatch.once(call) for _ in range(2)) for name, call in contestants.items()}
+    once = {}
+    for name, call in contestants.items():
+        with _named(name):
+            once[name] = min(stopwatch.once(call) for _ in range(2))
     calls, cold = 1, flush
     fastest = min(once.values())
     if stopwatch.device.type == "cpu" and fastest < SHORT:
@@ -164,10 +181,19 @@ def measure(
         for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                ms[name].append(stopwatch.sample(contestants[name], calls, cold))
+                with _named(name):
+                    ms[name].append(stopwatch.sample(contestants[name], calls, cold))
     finally:
         gc.enable()
     return Samples(ms, calls, cold)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise BrokenCall(name) from error
 
 
 @dataclass(frozen=True)

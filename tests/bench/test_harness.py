@@ -98,6 +98,51 @@ def test_absent_and_broken_peers_say_why_and_stop_nobody():
     assert "absent skipped: not installed" in text and "broken failed: RuntimeError: no" in text
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (torch.OutOfMemoryError("..."), "skipped", "out of memory"),
+        (RuntimeError("worker died\nmore"), "failed", "RuntimeError: worker died"),
+    ],
+)
+@pytest.mark.parametrize("last", [0, 4])
+def test_who_breaks_while_measured_is_left_out(error, status, reason, last):
+    """After its warm-up, at once or between others' samples; those are measured again."""
+    calls = []
+
+    def breaks():
+        calls.append(1)
+        if len(calls) > 1 + last:
+            raise error
+
+    _, results = run(a_case(contestant(OURS), contestant("broken", breaks), contestant("peer")))
+    assert (results["broken"]["status"], results["broken"]["reason"]) == (status, reason)
+    assert "samples_ms" not in results["broken"]
+    assert [results[name]["status"] for name in (OURS, "peer")] == ["timed"] * 2
+    record, results = run(a_case(contestant("broken", breaks)))
+    assert results["broken"]["status"] == status and render.case_text(record)
+
+
+def test_memory_that_a_capture_has_not_is_no_reason_to_time_without(monkeypatch):
+    def replayed(call, device):
+        raise torch.OutOfMemoryError("...")
+
+    monkeypatch.setattr(harness, "replayed", replayed)
+    watch = Stopwatch(CPU, cache_bytes=0)
+    watch.device = torch.device("cuda")
+    record = run_case(a_case(contestant(OURS)), OPTIONS, watch, CEILINGS, seconds=0.0)
+    (result,) = record["results"]
+    assert (result["status"], result["reason"]) == ("skipped", "out of memory")
+
+
+def test_a_row_says_in_which_other_dtype_it_is():
+    other = dataclasses.replace(contestant("naive"), dtype=torch.float32)
+    record, _ = run(a_case(contestant(OURS), other))
+    names = [row[0] for row in render.case_rows(record)]
+    assert names == ["", OURS, "naive, float32"]
+    assert [result.get("dtype") for result in record["results"]] == [None, "float32"]
+
+
 @pytest.mark.parametrize("flush", [True, False], ids=["op", "step"])
 def test_ops_are_replayed_on_a_gpu_and_steps_are_not(flush, monkeypatch):
     """There Python would take longer to issue an op than it runs."""
