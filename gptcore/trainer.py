@@ -130,7 +130,7 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         )
     world.check(config)
     machine.check_backend(model_fields.get("backend", "auto"), device)
-    check_tracker(config.log)
+    world.from_rank_0(lambda: check_tracker(config.log))
     config, model_config, corpus = _load(settings, config, model_fields, checkpoint, device, world)
     update, dtype_reason = _build(config, model_config, corpus, checkpoint, origin, device, world)
     if config.profile:
@@ -406,11 +406,16 @@ def compiler_errors() -> Iterator[None]:
 
 
 def _train(run: Run) -> Path:
-    config = run.config
     rate = machine.matmul_rate(run.device, run.update.dtype)
     announce(run, rate)
-    flops = sum(model_flops(run.model, config.sequences).values())
+    flops = sum(model_flops(run.model, run.config.sequences).values())
     log = Log(run, flops / (rate * run.world.size))
+    with log.track:
+        return _loop(run, log, rate)
+
+
+def _loop(run: Run, log: Log, rate: float) -> Path:
+    config = run.config
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
     evaluation = None
     advised = memory.advised(

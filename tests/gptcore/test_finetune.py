@@ -1,15 +1,9 @@
-"""Fine-tuning: what is taken over, by name, what is new, what is frozen; where metrics also go."""
-
-import json
-import sys
-import types
-from importlib.machinery import ModuleSpec
+"""Fine-tuning: what is taken over, by name, what is new, what is frozen."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptcore import trackers
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError
 from gptcore.finetune import freeze
@@ -291,71 +285,6 @@ def test_where_a_run_started_is_fixed_on_resume(start, trained_run):
     learn(run)
     with pytest.raises(ConfigError, match="init_from is None in .* cannot become"):
         learn(run, f"--init_from={trained_run}")
-
-
-# ---- trackers --------------------------------------------------------------------------------
-
-
-def test_tensorboard_gets_what_metrics_get(tiny_flags, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = tmp_path / "run"
-    flags = [*tiny_flags, f"--out_dir={folder}", "--log=tensorboard"]
-    train(parse_settings([*flags, "--max_iters=8"]))
-    train(parse_settings([*flags, "--resume"]))
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    records = read_metrics(folder / "metrics.jsonl")
-    for kind, name in (("train", "loss"), ("train", "lr"), ("eval", "val_loss")):
-        expected = [(r["step"], r[name]) for r in records if r["kind"] == kind]
-        found = [(e.step, e.value) for e in events.Scalars(f"{kind}/{name}")]
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=1e-6)
-
-
-def test_wandb_gets_what_metrics_get(tiny_flags, tmp_path, monkeypatch):
-    """Against a stand-in that notes the calls."""
-    calls, axes = [], {}
-
-    class Run:
-        def define_metric(self, name, step_metric=None):
-            axes[name] = step_metric
-
-        def log(self, values):
-            calls.append((values.pop("step"), values))
-
-        def finish(self):
-            calls.append("finished")
-
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = ModuleSpec("wandb", None)
-    wandb.init = lambda **options: calls.append(options) or Run()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    folder = tmp_path / "run"
-    train(parse_settings([*tiny_flags, f"--out_dir={folder}", "--log=wandb"]))
-    assert calls[0]["config"]["n_embd"] == 16 and calls[0]["name"] == "run"
-    assert calls[-1] == "finished"
-    assert axes == {"step": None, "*": "step"}  # a spike may come after later steps
-    records = read_metrics(folder / "metrics.jsonl")
-    assert [call[0] for call in calls[1:-1]] == [record["step"] for record in records]
-    assert calls[1][1]["eval/val_loss"] == records[0]["val_loss"]
-    assert calls[1][1].keys() >= {"eval/train_loss", "eval/val_accuracy"}
-    json.dumps(calls[0]["config"])
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_tracker_is_one_clear_line(
-    tiny_flags, tmp_path, monkeypatch, train_main, capsys, name
-):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
-    assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'run'}", f"--log={name}"]) == 2
-    error = capsys.readouterr().err
-    assert error == (
-        f"error: --log {name} needs the package {name}; pip install -e '.[{name}]', or leave "
-        "--log out\n"
-    )
-    assert not (tmp_path / "run").exists()
 
 
 def test_freeze_needs_no_origin(start):
