@@ -2,6 +2,10 @@
 
 import dataclasses
 import importlib
+import json
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -12,6 +16,7 @@ from bench import record as recording
 from bench.__main__ import QUESTIONS
 from bench.conftest import QUESTIONS as PYTEST_QUESTIONS
 from bench.harness import OURS, Contestant, Options, Skip, distinct, run_case
+from bench.record import ROOT
 from bench.run import broken, options_of, peers_of
 from bench.timing import Stopwatch
 from gptcore.config import GPTConfig, TrainConfig
@@ -450,3 +455,23 @@ def test_defaults_follow_the_device():
 
 def test_pytest_bench_asks_questions_that_exist():
     assert set(PYTEST_QUESTIONS) <= set(QUESTIONS)
+
+
+def test_pytest_bench_times_what_the_stopwatch_says(tmp_path):
+    """Which reads a GPU's events and hears of processes, and here says a second a sample."""
+    plugin = """
+from bench.timing import Stopwatch
+
+Stopwatch.sample = lambda self, call, calls=1, cold=True: 1000.0
+"""
+    (tmp_path / "stopped.py").write_text(plugin)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), *sys.path])
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "stopped", "-p", "no:xdist"]
+    command += ["-k", "baby-cpu and (gptcore or naive)", "--bench-device", "cpu"]
+    command += [f"--benchmark-json={tmp_path / 'times.json'}"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
+    timed = json.loads((tmp_path / "times.json").read_text())["benchmarks"]
+    assert [entry["stats"]["mean"] for entry in timed] == [1.0, 1.0]
