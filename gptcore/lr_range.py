@@ -24,7 +24,10 @@ SMOOTHING = 0.9  # of the exponential average
 LEVEL = 0.02
 # Settings of training that the test chooses, and those that say nothing to it.
 OWN = ("schedule", "learning_rate", "min_lr", "max_iters", "lr_decay_iters", "resume")
-REFUSED = ("profile", "on_nonfinite", "checkpoint_interval")
+REFUSED = (
+    *("profile", "on_nonfinite", "checkpoint_interval", "log", "log_interval", "sample_tokens"),
+    *("eval_interval", "eval_mode", "eval_tokens", "eval_iters"),
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -52,6 +55,7 @@ def lr_range(arguments) -> int:
         if name in settings.given:
             raise ConfigError(f"--{name} says nothing to lr_range; leave it out")
     settings.given.update(schedule="exponential", min_lr=start, learning_rate=end, max_iters=steps)
+    settings.given["sample_tokens"] = 0  # asks for no memory
     folder = Path(settings.given.setdefault("out_dir", str(first_free("runs/lr_range"))))
     if folder.exists():
         raise ConfigError(f"lr_range: folder {folder} exists; give another --out_dir")

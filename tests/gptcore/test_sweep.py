@@ -411,6 +411,13 @@ def noisy(curve, seed=0) -> tuple[list[float], list[float]]:
     return rates, [curve(math.log10(rate)) + noise.gauss(0, 0.05) for rate in rates]
 
 
+@pytest.fixture
+def range_flags(tiny_flags) -> list[str]:
+    """`tiny_flags` without what a range test refuses."""
+    refused = (*lr_range.OWN, *lr_range.REFUSED)
+    return [f for f in tiny_flags if f.partition("=")[0].removeprefix("--") not in refused]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_limit_is_where_a_known_curve_stops_falling(seed):
     """At 1e-2, before a flat valley; neither its lowest place nor a single low loss is taken.
@@ -435,10 +442,10 @@ def test_smoothing_is_the_corrected_exponential_average():
     assert lr_range.smoothed([1.0, 2.0])[1] == pytest.approx((0.9 * 1 + 2) / 1.9)
 
 
-def test_range_test_from_end_to_end(tiny_flags, tmp_path, capsys):
-    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
+def test_range_test_from_end_to_end(range_flags, tmp_path, capsys):
     folder = tmp_path / "range"
-    flags += ["--num_iter=60", "--start_lr=1e-5", "--end_lr=100", f"--out_dir={folder}"]
+    flags = [*range_flags, "--num_iter=60", "--start_lr=1e-5", "--end_lr=100"]
+    flags += [f"--out_dir={folder}"]
     assert main(["lr_range", *flags]) == 0
     rows = list(csv.DictReader((folder / "lr_range.csv").read_text().splitlines()))
     rates = [float(row["learning_rate"]) for row in rows]
@@ -461,6 +468,11 @@ def test_range_test_from_end_to_end(tiny_flags, tmp_path, capsys):
         (["--learning_rate=1"], "lr_range sets learning_rate itself; leave --learning_rate out"),
         (["--max_iters=10"], "lr_range sets max_iters itself"),
         (["--profile"], "--profile says nothing to lr_range"),
+        (["--log=tensorboard"], "--log says nothing to lr_range"),
+        (["--log_interval=5"], "--log_interval says nothing to lr_range"),
+        (["--eval_interval=5"], "--eval_interval says nothing to lr_range"),
+        (["--eval_tokens=5"], "--eval_tokens says nothing to lr_range"),
+        (["--sample_tokens=0"], "--sample_tokens says nothing to lr_range"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -478,30 +490,27 @@ def test_help_hides_what_a_range_test_refuses(capsys):
     assert not set(shown) & {*lr_range.OWN, *lr_range.REFUSED}
 
 
-def test_a_range_test_that_learns_nothing(tiny_flags, tmp_path, capsys):
-    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
-    flags += ["--num_iter=30", "--start_lr=1e-9", "--end_lr=1e-8", f"--out_dir={tmp_path / 'r'}"]
-    assert main(["lr_range", *flags]) == 1
+def test_a_range_test_that_learns_nothing(range_flags, tmp_path, capsys):
+    flags = ["--num_iter=30", "--start_lr=1e-9", "--end_lr=1e-8", f"--out_dir={tmp_path / 'r'}"]
+    assert main(["lr_range", *range_flags, *flags]) == 1
     out, error = capsys.readouterr()
     assert "suggestion" not in out and error.count("\n") == 1
     assert "never fell clearly below the first" in error and "a higher --end_lr" in error
     assert (tmp_path / "r" / "lr_range.png").is_file()
 
 
-def test_a_range_test_that_ends_too_early(tiny_flags, tmp_path, capsys):
+def test_a_range_test_that_ends_too_early(range_flags, tmp_path, capsys):
     """The loss still falls at its end: there is no limit to a tenth of."""
-    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
-    flags += ["--num_iter=60", "--start_lr=1e-4", "--end_lr=1e-2", f"--out_dir={tmp_path / 'r'}"]
-    assert main(["lr_range", *flags]) == 1
+    flags = ["--num_iter=60", "--start_lr=1e-4", "--end_lr=1e-2", f"--out_dir={tmp_path / 'r'}"]
+    assert main(["lr_range", *range_flags, *flags]) == 1
     out, error = capsys.readouterr()
     assert "suggestion" not in out and error.count("\n") == 1
     assert "still falling at the last learning rate, 0.01; give a higher --end_lr" in error
 
 
-def test_a_range_test_that_is_terminated(tiny_flags, tmp_path, monkeypatch, capsys):
+def test_a_range_test_that_is_terminated(range_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gptcore.trainer.training_step", lambda run: os.kill(os.getpid(), 15))
-    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
-    assert main(["lr_range", *flags, f"--out_dir={tmp_path / 'r'}"]) == 1
+    assert main(["lr_range", *range_flags, f"--out_dir={tmp_path / 'r'}"]) == 1
     out, error = capsys.readouterr()
     assert out.splitlines()[-1].startswith("interrupted; nothing to go on with") and not error
 
@@ -514,14 +523,14 @@ def test_a_range_test_that_is_terminated(tiny_flags, tmp_path, monkeypatch, caps
     ],
 )
 def test_a_range_test_that_lacks_something(
-    where, error, message, tiny_flags, tmp_path, monkeypatch, capsys
+    where, error, message, range_flags, tmp_path, monkeypatch, capsys
 ):
     def refuse(*_):
         raise error
 
     monkeypatch.setattr(where, refuse)
-    flags = [f for f in tiny_flags if not f.startswith("--max_iters")]
-    assert main(["lr_range", *flags, "--num_iter=10", f"--out_dir={tmp_path / 'r'}"]) == 1
+    flags = [*range_flags, "--num_iter=10", f"--out_dir={tmp_path / 'r'}"]
+    assert main(["lr_range", *flags]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
 
