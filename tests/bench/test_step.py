@@ -37,6 +37,16 @@ def test_a_step_is_checked_and_timed_beside_its_peers():
     assert timed == [OURS, "naive", "eager"], record["results"]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("compile-default", "--peers compile$"), ("compile-max", "--peers compile-max")],
+)
+def test_no_step_is_compiled_for_minutes_unasked(name, said):
+    contestants = {c.name: c for c in step.step_case(tiny_step(), OPTIONS).open()}
+    with pytest.raises(Skip, match=said):
+        contestants[name].check()
+
+
 def test_a_step_moves_seven_numbers_a_parameter():
     """AdamW reads it, its gradient and two moments, and writes all but the gradient."""
     case = step.step_case(tiny_step(), OPTIONS)

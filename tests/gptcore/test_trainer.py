@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gptcore import checkpoint, machine, trainer
+from gptcore import checkpoint, machine, tasks, trainer
 from gptcore import log as logs
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, RunError, TrainConfig
 from gptcore.data import BatchStream
 from gptcore.evaluation import Evaluation
 from gptcore.flags import Settings
+from gptcore.generation import generate
 from gptcore.log import Log, read_metrics
 from gptcore.model import GPT
 from gptcore.optim import learning_rate, parameter_groups
@@ -353,6 +354,22 @@ def test_losses_are_read_at_looks_and_nowhere_else(prepared, monkeypatch, left):
         *(("eval", 0), ("train", 8), ("train", 16), ("train", 24), ("eval", 24)),
         *(("train", 32), ("train", 40), ("train", 48), ("eval", 48)),
     ]
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize("data", ["text", "add"])
+def test_samples_are_captured_only_if_updates_are(prepared, monkeypatch, capsys, data, cuda_graph):
+    asked = []
+
+    def noted(*arguments, **options):
+        asked.append(options["cuda_graph"])
+        return generate(*arguments, **options)
+
+    for module in (trainer, tasks):
+        monkeypatch.setattr(module, "generate", noted)
+    task = ["--data=add", "--digits=1"] if data == "add" else []
+    trainer.show_sample(prepared(f"--cuda_graph={str(cuda_graph).lower()}", *task))
+    assert asked == [cuda_graph] and "  | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stopped", [False, True])
