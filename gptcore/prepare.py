@@ -23,6 +23,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from gptcore.config import ConfigError, RunError
 from gptcore.files import fingerprint, read_json, replace_text
 from gptcore.flags import Parser
@@ -228,27 +233,52 @@ def prepare_folder(
         raise ConfigError(
             f"{folder} holds the tokens of other texts or another tokenizer; give another --out_dir"
         )
-    state = _read_progress(folder, job)
+    _read_progress(folder, job)  # refuses a folder before anything is made in it
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "progress.json", json.dumps(state))
-    if kind == "char":
-        _collect_characters(folder, state)
-        tokenizer = CharTokenizer(state["characters"])
-    else:
-        tokenizer = from_state({"kind": kind})
-    _encode(folder, state, tokenizer, len(files))
-    if [_describe(path) for path in (*files, *val)] != inputs:
-        raise RunError(f"a text has changed while it was read; delete {folder} and prepare again")
-    replace_text(folder / "tokenizer.json", json.dumps(tokenizer.state()))
-    manifest = {
-        **job,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": np.dtype(compact_dtype(tokenizer.vocab_size)).name,
-        "files": {name: fingerprint(folder / name) for name in (*state["bytes"], "tokenizer.json")},
-    }
-    replace_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    (folder / "progress.json").unlink()
+    with _locked(folder / "tokens.bin"):
+        state = _read_progress(folder, job)
+        replace_text(folder / "progress.json", json.dumps(state))
+        if kind == "char":
+            _collect_characters(folder, state)
+            tokenizer = CharTokenizer(state["characters"])
+        else:
+            tokenizer = from_state({"kind": kind})
+        _encode(folder, state, tokenizer, len(files))
+        if [_describe(path) for path in (*files, *val)] != inputs:
+            raise RunError(
+                f"a text has changed while it was read; delete {folder} and prepare again"
+            )
+        replace_text(folder / "tokenizer.json", json.dumps(tokenizer.state()))
+        names = (*state["bytes"], "tokenizer.json")
+        manifest = {
+            **job,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": np.dtype(compact_dtype(tokenizer.vocab_size)).name,
+            "files": {name: fingerprint(folder / name) for name in names},
+        }
+        replace_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        (folder / "progress.json").unlink()
     return manifest
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file, which is made if need be, against other processes and threads.
+
+    Raises: ConfigError if another one holds it.
+    """
+    with open(path, "ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(
+                f"another process or thread prepares {path.parent}; wait for its end, or give "
+                "another --out_dir"
+            ) from error
+        except OSError:  # not every file system can
+            pass
+        yield
 
 
 def _describe(path: str) -> dict[str, Any]:
@@ -257,10 +287,11 @@ def _describe(path: str) -> dict[str, Any]:
         status = Path(path).stat()
         if not Path(path).is_file():
             raise ConfigError(f"prepare {path}: not a file; give text files")
-        open(path, "rb").close()
+        with open(path, "rb") as file:
+            beginning = file.read(len(codecs.BOM_UTF8) + 1)
     except OSError as error:
         raise ConfigError(f"prepare {path}: cannot read it: {error.strerror}") from error
-    if status.st_size == 0:
+    if beginning in (b"", codecs.BOM_UTF8):
         raise ConfigError(f"prepare {path}: the file is empty; give one with text in it")
     return {
         "path": str(Path(path).resolve()),
@@ -271,8 +302,7 @@ def _describe(path: str) -> dict[str, Any]:
 
 def _read_progress(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """How far an interrupted run of `job` came; the beginning where there was none."""
-    unbegun = [], ["progress.json.new"]  # killed while the first was written
-    if not folder.exists() or (folder.is_dir() and os.listdir(folder) in unbegun):
+    if not folder.exists() or (folder.is_dir() and _unbegun(folder)):
         names = ("tokens.bin", "val.bin") if job["val_files"] else ("tokens.bin",)
         return {
             **job,
@@ -294,6 +324,12 @@ def _read_progress(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             "changed since); delete it, or give another --out_dir"
         )
     return state
+
+
+def _unbegun(folder: Path) -> bool:
+    """Whether `folder` is empty, or was left before its first progress.json was there."""
+    names = set(os.listdir(folder)) - {"progress.json.new"}
+    return not names or (names == {"tokens.bin"} and not os.path.getsize(folder / "tokens.bin"))
 
 
 def _collect_characters(folder: Path, state: dict[str, Any]) -> None:

@@ -216,6 +216,41 @@ def test_a_whole_folder_is_left_alone(text, tmp_path, capsys):
     assert (tmp_path / "out" / "tokens.bin").stat().st_mtime_ns == before
 
 
+def test_one_process_at_a_time_prepares_a_folder(text, tmp_path, small_blocks, monkeypatch, capsys):
+    """A second one is refused in the midst of the first, which ends as if alone."""
+    pytest.importorskip("fcntl", reason="locks are POSIX")
+    command, codes = ["prepare", text, f"--out_dir={tmp_path / 'out'}"], []
+    encode = prepare.CharTokenizer.encode
+
+    def meanwhile(tokenizer, piece):
+        if len(codes) < 50:
+            codes.append(0)
+            if len(codes) in (1, 50):  # as this one begins to write, and after it saved
+                codes[-1] = main(command)
+        return encode(tokenizer, piece)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.CharTokenizer, "encode", meanwhile)
+        assert main(command) == 0
+    assert (codes[0], codes[-1]) == (2, 2)
+    error = f"error: another process or thread prepares {tmp_path / 'out'}; wait for its end"
+    assert capsys.readouterr().err.count(error) == 2
+    assert tokens_in(tmp_path / "out") == bytes(tokenizer_for("char", TEXT).encode(TEXT))
+    open_prepared(tmp_path / "out")
+    assert main(command) == 0  # nobody holds it any more
+
+
+def test_a_file_of_the_users_own_is_no_beginning(text, tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "tokens.bin").write_bytes(b"mine")
+    fails(capsys, ["prepare", text, f"--out_dir={folder}"], "holds no preparation to go on with")
+    assert [path.name for path in folder.iterdir()] == ["tokens.bin"]
+    assert tokens_in(folder) == b"mine"
+    (folder / "tokens.bin").write_bytes(b"")  # as of one killed when it had just begun
+    assert main(["prepare", text, f"--out_dir={folder}"]) == 0
+
+
 def test_a_full_disk_keeps_what_is_there(text, tmp_path, small_blocks, monkeypatch, capsys):
     import errno
 
@@ -344,16 +379,18 @@ def fails(capsys, argv, message, code=2, command=main):
     [
         (None, "cannot read it: No such file"),
         (b"", "the file is empty"),
+        (b"\xef\xbb\xbf", "the file is empty"),
         (b"abc\n" * 30 + b"\xe9t\xe9", "not UTF-8 at byte 120; convert it"),
         (b"abc\n" * 30 + "é".encode()[:1], "not UTF-8 at byte 120; convert it"),
     ],
-    ids=["missing", "empty", "latin1", "cut-off"],
+    ids=["missing", "empty", "mark", "latin1", "cut-off"],
 )
-def test_bad_files(content, message, tmp_path, capsys, small_blocks):
+@pytest.mark.parametrize("kind", ["char", "bytes"])
+def test_bad_files(content, message, kind, tmp_path, capsys, small_blocks):
     path = tmp_path / "bad.txt"
     if content is not None:
         path.write_bytes(content)
-    fails(capsys, ["prepare", str(path)], message)
+    fails(capsys, ["prepare", str(path), f"--tokenizer={kind}"], message)
     assert not (tmp_path / "bad.txt.tokens" / "manifest.json").exists()
 
 
