@@ -131,7 +131,12 @@ def read_text_file(path: str) -> Text:
 
 def cache_dir() -> Path:
     """Where downloads are kept: $XDG_CACHE_HOME/gptcore or ~/.cache/gptcore."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptcore"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "gptcore"
+    try:
+        return Path.home() / ".cache" / "gptcore"
+    except RuntimeError:  # no HOME, and a user whom the system does not know
+        return Path(tempfile.gettempdir()) / "gptcore"
 
 
 def _pydoc_text() -> Text:

@@ -131,7 +131,8 @@ class GPT2Tokenizer(Tokenizer):
             ) from error
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
-        except OSError as error:  # requests' exceptions are OSErrors
+        # requests' exceptions are OSErrors; where a login page came instead, its hash is another.
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 "tokenizer gpt2: its vocabulary is neither cached nor can it be downloaded "
                 f"({type(error).__name__}); go online once, set TIKTOKEN_CACHE_DIR, or use "

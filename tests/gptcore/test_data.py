@@ -86,6 +86,19 @@ def test_downloads_once_and_caches(no_sources, fake_shakespeare, monkeypatch):
     assert load_text("auto").content == FAKE  # a second download would raise IndexError
 
 
+def test_a_user_without_a_home_has_a_cache(no_sources, fake_shakespeare, monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert load_text("auto").source == "pydoc_data.topics"
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(FAKE.encode()))
+    assert load_text("auto").content == FAKE
+    assert (tmp_path / "gptcore" / "tinyshakespeare.txt").read_text() == FAKE
+
+
 def test_a_damaged_cache_is_downloaded_again(no_sources, fake_shakespeare, monkeypatch):
     cached = data.cache_dir() / "tinyshakespeare.txt"
     cached.parent.mkdir(parents=True)

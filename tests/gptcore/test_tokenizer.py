@@ -1,6 +1,8 @@
 """Text to tokens and back."""
 
 import builtins
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -101,13 +103,16 @@ def test_gpt2_without_tiktoken_names_the_fix(monkeypatch):
         tokenizer_for("gpt2", "x")
 
 
-def test_gpt2_offline_names_the_fix(monkeypatch):
-    tiktoken = pytest.importorskip("tiktoken", reason="optional extra bpe is not installed")
-
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("no network"), ValueError("Hash mismatch for data downloaded from")],
+    ids=["offline", "a login page"],
+)
+def test_gpt2_offline_names_the_fix(monkeypatch, error):
     def offline(name):
-        raise ConnectionError("no network")
+        raise error
 
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=offline))
     with pytest.raises(ConfigError, match="go online once, set TIKTOKEN_CACHE_DIR"):
         tokenizer_for("gpt2", "x")
 
