@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,19 @@ SCALE_RULES = ("n_embd", "head_size")
 POSITIONS = ("learned", "rotary")
 SCHEDULES = ("constant", "cosine", "wsd", "cyclic", "onecycle", "exponential")
 CYCLES = ("triangular", "triangular2", "exp_range")
-MODEL_NAMES = ("gpt", "naive", "multihead", "head", "bigram-embedding", "bigram")
+SETTINGS_OF = {  # model -> the fields of GPTConfig that say nothing to the models below it
+    "gpt": ("backend",),
+    "naive": (
+        *("n_layer", "embedding_dropout", "tied_head", "activation"),
+        *("token_shift", "init", "init_std"),
+    ),
+    "multihead": ("bias",),
+    "head": ("n_head", "head_size", "dropout", "qkv_bias", "attention_scale", "qk_norm"),
+    "bigram-embedding": ("n_embd", "position", "head_bias"),
+    "bigram": ("vocab_size", "block_size"),
+}
+MODEL_NAMES = tuple(SETTINGS_OF)
+LARGEST_HEAD = 256  # of the fused attention
 
 
 class _OneLine(Exception):
@@ -277,6 +289,24 @@ class TrainConfig:
     def replace(self, **changes) -> "TrainConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+def ignored_by(model: str) -> list[str]:
+    """The fields of GPTConfig that say nothing to `model`."""
+    above = MODEL_NAMES[: MODEL_NAMES.index(model)]
+    return [name for other in above for name in SETTINGS_OF[other]]
+
+
+def check_model(model: str, config: GPTConfig, given: Container[str] = ()) -> None:
+    """Raises: ConfigError if `model` ignores a setting given, or cannot be of that shape."""
+    for name in ignored_by(model):
+        if name in given:
+            raise ConfigError(f"--{name} says nothing to --model {model}; leave --{name} out")
+    if model == "gpt" and config.D > LARGEST_HEAD:
+        raise ConfigError(
+            f"head size must be at most {LARGEST_HEAD} in --model gpt; got {config.D}; give more "
+            "--n_head or a smaller --head_size"
+        )
 
 
 def check_field(field: dataclasses.Field, value) -> None:

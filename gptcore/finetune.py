@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gptcore.checkpoint import Checkpoint, check_names, named_weights
-from gptcore.config import ConfigError, TrainConfig
+from gptcore.config import ConfigError, TrainConfig, check_model
 from gptcore.naive import BigramLM
 from gptcore.tokenizer import Tokenizer
 
@@ -42,6 +42,7 @@ def adopt(
                 f"--init_from: {name} is {fixed[name]!r} in {origin.folder} and cannot become "
                 f"{value!r}; leave --{name} out"
             )
+    check_model(origin.train.model, origin.model, given)
     changes: dict[str, Any] = {"model": origin.train.model}
     if "tokenizer" not in given:
         changes["tokenizer"] = origin.tokenizer.kind
@@ -127,7 +128,7 @@ def freeze(model: nn.Module, spec: str) -> None:
                 "freeze must be of embeddings, head and blocks:N some, with commas, N from 1 to "
                 f"{model.config.n_layer}; got {part!r}"
             )
-        tied = part == "head" and model.config.tied_head
+        tied = part == "head" and hasattr(model, "lm_head") and "lm_head.weight" not in names
         if tied or not any(name.startswith(here) for name in names):
             fix = "; its head is the token embedding: freeze embeddings" if tied else ""
             raise ConfigError(f"freeze: this model has no {part} of its own to freeze{fix}")

@@ -9,7 +9,9 @@ Nothing here imports torch, so that `--help` and a mistyped flag answer at once.
 
 import argparse
 import dataclasses
+import errno
 import os
+import re
 import sys
 import time
 import types
@@ -23,12 +25,14 @@ from gptcore.config import (
     RunError,
     TrainConfig,
     check_field,
+    check_model,
     kind_name,
     kinds_of,
     suggestion,
 )
 from gptcore.presets import PRESETS
 
+UNUSABLE = (errno.EACCES, errno.ENAMETOOLONG)  # a path that was given; else something broke
 OWN_ERROR_S = 5.0  # a rank above 0 waits so long before it takes an error for its own
 TOML_CHARACTERS = 1 << 20  # of a settings file at most: a device has no end
 
@@ -71,8 +75,10 @@ class Settings:
         self.check()
         values = {**PRESETS[self.resolved_preset(device_type)], **self.given}
         train, model = split_fields(values)
-        GPTConfig(**model)  # refuse an impossible model before any data is read
-        return TrainConfig(**train), model
+        config = TrainConfig(**train)
+        # Refuse an impossible model before any data is read.
+        check_model(config.model, GPTConfig(**model), self.given)
+        return config, model
 
     def resolved_preset(self, device_type: str) -> str:
         """The preset's name, "auto" replaced by what it means on this kind of device."""
@@ -126,10 +132,11 @@ def _flags(parser: argparse.ArgumentParser, namespace: argparse.Namespace):
 
 
 def _underscored(arg: str) -> str:
-    if not arg.startswith("--") or arg == "--":
+    """A flag's name with _ for -; what is no flag, such as a text to continue, as it is."""
+    name, equals, value = arg.partition("=")
+    if not re.fullmatch("--[A-Za-z0-9_-]+", name):
         return arg
-    name, equals, value = arg[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def from_text(field: dataclasses.Field) -> Callable[[str], Any]:
@@ -254,6 +261,14 @@ def _report(error: Exception) -> None:
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
 
 
+def _drop_output() -> None:
+    """Lead a stdout that takes no more nowhere: at its end Python would try again, and complain."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_command(command: Callable[[], int]) -> int:
     """The exit code of a command line; what a user can mend is one line on stderr.
 
@@ -263,12 +278,21 @@ def run_command(command: Callable[[], int]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return command()
+        code = command()
+        print(end="", flush=True)  # what a full disk refuses of it, it refuses here
+        return code
     except ConfigError as error:
         _report(error)
         return 2
-    except RunError as error:
-        _report(error)
-        return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 1
+    except RunError as error:
+        _report(error)
+    except OSError as error:  # where nobody expected one
+        path, words = error.filename, error.strerror or str(error)
+        if path is not None and error.errno in UNUSABLE:
+            _report(ConfigError(f"cannot use {path}: {words}; give another path"))
+            return 2
+        _report(RunError(words if path is None else f"{path}: {words}"))
+    _drop_output()
+    return 1

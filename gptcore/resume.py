@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.checkpoint import Checkpoint, newest_whole
-from gptcore.config import ConfigError, GPTConfig, TrainConfig, read_saved
+from gptcore.config import ConfigError, TrainConfig, check_model, ignored_by, read_saved
 from gptcore.distributed import World
 from gptcore.files import read_json
 from gptcore.flags import Settings, split_fields
@@ -16,6 +16,8 @@ FIXED_ON_RESUME = (
     *("digits", "operations", "worked_steps", "init_from", "freeze"),
 )
 FREE_MODEL_FIELDS = ("dropout", "embedding_dropout", "backend")
+# Given, they are refused where they say nothing about the data.
+DATA_FIELDS = ("digits", "operations", "worked_steps", "val_fraction")
 
 
 def checkpoint_to_resume(
@@ -64,11 +66,13 @@ def begun_settings(settings: Settings, device_type: str) -> Settings:
             f"--resume: {folder} was started with --preset {preset}, not {settings.preset}; leave "
             "--preset out, or give another --out_dir"
         )
-    preset_train, preset_model = Settings(preset, {}).merged(device_type)
-    defaults = {**dataclasses.asdict(preset_train), **dataclasses.asdict(GPTConfig(**preset_model))}
-    recorded = {**dataclasses.asdict(train), **dataclasses.asdict(model)}
-    del recorded["vocab_size"]  # follows from the text
-    given = {name: value for name, value in recorded.items() if value != defaults[name]}
+    defaults, _ = Settings(preset, {}).merged(device_type)
+    given = {**dataclasses.asdict(train), **dataclasses.asdict(model)}
+    for name in ("vocab_size", *ignored_by(train.model)):  # the first follows from the text
+        given.pop(name, None)
+    for name in DATA_FIELDS:
+        if given[name] == getattr(defaults, name):
+            del given[name]
     return Settings(preset, {**given, **settings.given})
 
 
@@ -91,5 +95,6 @@ def resumed_settings(
             f"--resume: {checkpoint.folder} was started with --preset {started_from}, "
             f"not {settings.preset}; leave --preset out"
         )
+    check_model(checkpoint.train.model, checkpoint.model, settings.given)
     train = {"profile": False, **train}  # once is enough
     return checkpoint.train.replace(**train), {**dataclasses.asdict(checkpoint.model), **model}

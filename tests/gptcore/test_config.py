@@ -12,13 +12,17 @@ import pytest
 
 from gptcore.__main__ import main
 from gptcore.config import (
+    LARGEST_HEAD,
     MODEL_NAMES,
+    SETTINGS_OF,
     ConfigError,
     GPTConfig,
+    check_model,
+    ignored_by,
     read_saved,
     to_json,
 )
-from gptcore.flags import FIELDS, parse_settings
+from gptcore.flags import FIELDS, Parser, parse_settings
 from gptcore.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +97,16 @@ def test_booleans(flags, value):
     assert parse_settings(flags).given == {"bias": value}
 
 
+@pytest.mark.parametrize("value", ["--My-lord, I-will", "--My-lord, I=no", "--né-é", "-a-b"])
+def test_a_value_stays_as_it_is(value):
+    """A text to continue may begin as a flag does."""
+    parser = Parser()
+    parser.add_argument("--to_continue")
+    assert parser.parse_args([f"--to-continue={value}"]).to_continue == value
+    if " " in value:
+        assert parser.parse_args(["--to-continue", value]).to_continue == value
+
+
 def test_none_and_numbers_are_read_as_their_type():
     given = parse_settings(["--head_size=none", "--dropout", "0", "--learning_rate=1e-3"]).given
     assert given == {"head_size": None, "dropout": 0.0, "learning_rate": 1e-3}
@@ -102,6 +116,56 @@ def test_model_names_are_those_that_can_be_built():
     from gptcore.model import MODELS
 
     assert set(MODEL_NAMES) == set(MODELS)
+
+
+CHANGED = {  # from the settings of `built`; block_size and backend change nothing it looks at
+    **{"vocab_size": 6, "n_layer": 3, "n_head": 1, "n_embd": 16, "head_size": 6, "dropout": 0.5},
+    **{"embedding_dropout": True, "qkv_bias": True, "bias": False, "head_bias": False},
+    **{"tied_head": True, "activation": "gelu", "attention_scale": "head_size"},
+    **{"position": "learned", "qk_norm": True, "token_shift": True, "init": "zero"},
+    **{"init_std": 0.5},
+}
+
+
+def built(model, **changes):
+    """Weights, and the logits while training, of a small model drawn from a fixed seed."""
+    import torch
+
+    from gptcore.model import build_model
+    from kernels.rng import make_key
+
+    fields = {"vocab_size": 5, "block_size": 4, "n_layer": 2, "n_head": 2, "n_embd": 8}
+    fields |= {"position": "rotary", "init": "gpt2", "dropout": 0.2}
+    torch.manual_seed(0)
+    module = build_model(model, GPTConfig(**fields | changes)).train()
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight += 0.1 * torch.randn(weight.shape)
+        logits, _ = module(torch.tensor([[0, 1, 2, 3], [4, 0, 2, 1]]), key=make_key(1, 2))
+    return [*module.state_dict().items(), ("logits", logits)]
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("model", MODEL_NAMES)
+def test_a_model_ignores_just_what_it_is_said_to(model, name):
+    plain, changed = built(model), built(model, **{name: CHANGED[name]})
+    same = [a[0] == b[0] and a[1].equal(b[1]) for a, b in zip(plain, changed, strict=False)]
+    assert (all(same) and len(plain) == len(changed)) == (name in ignored_by(model))
+
+
+def test_every_setting_belongs_to_one_rung():
+    names = [name for names in SETTINGS_OF.values() for name in names]
+    assert sorted(names) == sorted(GPTConfig.__dataclass_fields__)
+
+
+def test_heads_are_as_large_as_the_fused_attention_takes_them():
+    from kernels.attention import MAX_HEAD_DIM
+
+    assert LARGEST_HEAD == MAX_HEAD_DIM
+    settings("--preset=notebook", "--n_embd=256", "--n_head=1")
+    for model in MODEL_NAMES[1:]:  # the naive ones are not fused
+        check_model(model, GPTConfig(n_head=1))
+    settings("--preset=notebook", "--model=head", "--n_head=1")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +182,15 @@ def test_model_names_are_those_that_can_be_built():
         (["--init=zro"], "init must be one of notebook, gpt2, zero; got 'zro'; did you mean zero?"),
         (["--preset=notebook", "--qk_norm"], "qk_norm needs position rotary"),
         (["--position=rotary", "--head_size=3"], "rotary needs an even head size"),
+        (
+            ["--preset=notebook", "--n_head=1"],
+            "at most 256 in --model gpt; got 384; give more --n_h",
+        ),
+        (["--head_size=258"], "head size must be at most 256 in --model gpt; got 258"),
+        (["--model=multihead", "--tied_head"], "--tied_head says nothing to --model multihead; le"),
+        (["--model=multihead", "--init=gpt2"], "--init says nothing to --model multihead; leave"),
+        (["--preset=bigram", "--dropout=0.5"], "--dropout says nothing to --model bigram; leave"),
+        (["--model=naive", "--backend=eager"], "--backend says nothing to --model naive; leave"),
         (["--n_head=six"], "argument --n_head: must be a whole number; got 'six'"),
         (["--n_head=6.5"], "argument --n_head: must be a whole number; got '6.5'"),
         (["--bias=maybe"], "argument --bias: must be true or false; got 'maybe'"),

@@ -109,7 +109,8 @@ def test_logits_of_known_text_are_the_old_ones(start, tmp_path, text_file, other
     """Every model, kind of tokenizer and head: known characters among themselves are as before."""
     old = start(*flags.split(), "--max_iters=2")
     learn(old)
-    new = start(f"--init_from={old.folder}", f"--data={other_text}", "--dropout=0")
+    more = [] if "bigram" in flags else ["--dropout=0"]
+    new = start(f"--init_from={old.folder}", f"--data={other_text}", *more)
     checkpoint = open_checkpoint(old.folder)
     checkpoint.load_weights(old.model)
     text = "the queen that we were".replace("q", "w")[:8]
@@ -209,6 +210,15 @@ def test_bad_fine_tuning(tiny_flags, trained_run, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_settings_that_the_origin_ignores(start):
+    origin = start("--model=head")
+    learn(origin, "--max_iters=1")
+    with pytest.raises(ConfigError, match="--embedding_dropout says nothing to --model head"):
+        start(f"--init_from={origin.folder}", "--embedding_dropout")
+    with pytest.raises(ConfigError, match="--embedding_dropout says nothing to --model head"):
+        learn(origin, "--embedding_dropout")
+
+
 def test_a_text_with_nothing_in_common(start, trained_run, tmp_path):
     path = tmp_path / "digits.txt"
     path.write_text("0123456789" * 100)
@@ -271,6 +281,13 @@ def test_freezing_everything_is_refused(start):
 def test_what_a_model_does_not_have_is_not_frozen(start, flags, spec, message):
     with pytest.raises(ConfigError, match=message):
         freeze(start(*flags).model, spec)
+
+
+def test_a_tied_head_that_the_model_has_not_is_not_in_the_way(start):
+    """The preset ties it; the rungs of the ladder have their own all the same."""
+    run = start("--preset=nanogpt-char", "--model=multihead", "--freeze=head", "--block_size=8")
+    assert not run.model.lm_head.weight.requires_grad
+    assert run.model.token_embedding_table.weight.requires_grad
 
 
 def test_what_is_frozen_is_fixed_on_resume(tuned):

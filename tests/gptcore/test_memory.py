@@ -145,7 +145,7 @@ HUGE = {
     "wide": ["--n_embd=1000000"],
     "deep": ["--n_layer=1000000000"],
     "impossible": ["--n_embd=10000000000"],
-    "heads": ["--n_head=1000000", "--head_size=1000"],
+    "heads": ["--n_head=1000000", "--head_size=256"],
     "long": ["--block_size=512", "--n_embd=300000"],
 }
 

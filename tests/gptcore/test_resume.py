@@ -115,6 +115,37 @@ def test_a_run_that_never_finished_an_evaluation_is_resumed_as_itself(
     assert_same_weights(weights_of(trained_run), weights_of(folder))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--init_from=RUN --preset=baby-cpu --learning_rate=0.005 --min_lr=0",
+        "--init_from=BYTES --preset=baby-cpu --tokenizer=char",
+        "--init_from=RUN --preset=baby-cpu",
+        "--preset=add --block_size=256",
+        "--preset=add --digits=2",
+        "--preset=nanogpt-char --model=multihead",
+    ],
+)
+def test_settings_as_the_presets_are_given_again(
+    train_main, tiny_flags, trained_run, text_file, tmp_path, flags
+):
+    """Of a run killed before its first checkpoint all of config.json holds, whoever chose it."""
+    origin = tmp_path / "bytes"
+    if "BYTES" in flags:
+        flags = flags.replace("BYTES", str(origin))
+        argv = [*tiny_flags, "--tokenizer=bytes", "--max_iters=0", f"--out_dir={origin}"]
+        assert train_main(argv) == 0
+    flags = [*flags.replace("RUN", str(trained_run)).split(), "--device=cpu"]
+    if "--preset=add" not in flags:
+        flags.append(f"--data={text_file}")
+    run = prepare(parse_settings([*flags, f"--out_dir={tmp_path / 'run'}"]))
+    run.unlock()
+    again = prepare(parse_settings([f"--out_dir={tmp_path / 'run'}", "--resume"]))
+    again.unlock()
+    assert again.config_json == run.config_json
+    assert again.corpus.tokenizer.state() == run.corpus.tokenizer.state()
+
+
 def test_a_checkpoint_is_no_run_folder(train_main, trained_run, capsys):
     for name in ("best", "last"):
         before = (trained_run / name / "config.json").read_bytes()
