@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from gptcore import lr_range, prepare, sweep
-from gptcore.config import ConfigError
+from gptcore.config import ConfigError, check_model
 from gptcore.flags import Parser, run_command
 
 
@@ -169,7 +169,14 @@ def evaluate(arguments) -> int:
             f"{checkpoint.folder} was not trained on {task.text.source}; leave --data out"
         )
     text = task.text if task else load_data(train.data)
-    other = text.sha256 != checkpoint.config.get("data", {}).get("sha256")
+    trained_on = checkpoint.config.get("data", {})  # nothing of an imported one
+    other = text.sha256 != trained_on.get("sha256")
+    if other and trained_on and arguments.data is None:
+        raise ConfigError(
+            f"{checkpoint.folder}: the text has changed since: trained on {trained_on['source']}, "
+            f"now there is {text.source}; give --data FILE with the text as it was, or with any "
+            "other to evaluate on all of it"
+        )
     other = other and arguments.data is not None
     corpus = task or Corpus.build(
         text,
@@ -254,17 +261,25 @@ def export(arguments) -> int:
 def _load(arguments):
     """The checkpoint and its model, ready to use."""
     from gptcore import machine
-    from gptcore.checkpoint import open_checkpoint
+    from gptcore.checkpoint import READS, SavedAnew, open_checkpoint
     from gptcore.model import build_model
 
     device = machine.pick_device(arguments.device)
-    checkpoint = open_checkpoint(arguments.run, arguments.checkpoint)
-    config = checkpoint.model
-    if arguments.backend is not None:
-        config = config.replace(backend=arguments.backend)
-    machine.check_backend(config.backend, device)
-    model = build_model(checkpoint.train.model, config)
-    checkpoint.load_weights(model)
+    given = () if arguments.backend is None else ("backend",)
+    for left in reversed(range(READS)):
+        checkpoint = open_checkpoint(arguments.run, arguments.checkpoint)
+        config = checkpoint.model
+        check_model(checkpoint.train.model, config, given)
+        if given:
+            config = config.replace(backend=arguments.backend)
+        machine.check_backend(config.backend, device)
+        model = build_model(checkpoint.train.model, config)
+        try:
+            checkpoint.load_weights(model)
+            break
+        except SavedAnew:
+            if not left:
+                raise
     return checkpoint, model.to(device).eval()
 
 

@@ -10,7 +10,8 @@
 A new checkpoint is written beside the old one, synced, and renamed into place; the old one goes
 only when the new one is there. What a crash may leave is `NAME.new` (ignored) or `NAME.old` (used).
 A damaged one that resuming passes by becomes `NAME.damaged`.
-`CheckpointWriter` does this in a thread, from a copy, so that training goes on.
+`CheckpointWriter` does this in a thread, from a copy, so that training goes on. Who reads meanwhile
+holds the manifest against the one that was verified: while they agree, it is the same save.
 
 Nothing in a checkpoint is believed: hashes, types, names and shapes are checked when it is opened,
 before a model is built; nothing in it can run code.
@@ -21,9 +22,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,12 @@ FILES = (
     "config.json",
     "tokenizer.json",
 )
+READS = 8  # of a checkpoint that is saved anew each time, before that is an error
 BUFFER_BYTES = 1 << 28  # of a model, what no file vouches for: rotary angles, the naive masks
+
+
+class SavedAnew(ConfigError):
+    """A save has replaced the checkpoint while it was read."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +115,15 @@ class Checkpoint:
     config: dict[str, Any]  # config.json as it stands
     tokenizer: Tokenizer
     progress: Progress
+    manifest: dict[str, Any]  # manifest.json as it was verified
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into `model`, names and shapes checked first.
 
-        Raises: ConfigError if they do not belong to it.
+        Raises: ConfigError if they do not belong to it; SavedAnew.
         """
-        expected = named_weights(model)
-        found = tensor_shapes(self.folder / "model.safetensors")
-        check_fit(self.folder, found, {name: tuple(w.shape) for name, w in expected.items()})
-        weights = self.read_weights()
+        expected, weights = named_weights(model), self.read_weights()
+        check_fit(self.folder, _shapes(weights), _shapes(expected))
         if is_sharded(model):
             scatter(weights, model)
         else:
@@ -126,17 +132,24 @@ class Checkpoint:
     def read_weights(self) -> dict[str, torch.Tensor]:
         """The weights by name.
 
-        Raises: ConfigError if the file is damaged.
+        Raises: ConfigError if the file is damaged; SavedAnew.
         """
-        return read_tensors(self.folder / "model.safetensors")
+        return self._tensors("model.safetensors")
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Those of the save that was verified, from the disk as they are needed."""
+        try:
+            return _of_file(read_tensors, self.folder / name)
+        finally:
+            _check_same(self.folder, self.manifest)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give `optimizer` of `model` the saved state; its options stay.
 
-        Raises: ConfigError if the state is not that of such an optimizer.
+        Raises: ConfigError if the state is not that of such an optimizer; SavedAnew.
         """
         path = self.folder / "optimizer.safetensors"
-        found = tensor_shapes(path)
+        found = _of_file(tensor_shapes, path)
         if not found:  # saved before the first step
             optimizer.state.clear()
             return
@@ -148,7 +161,7 @@ class Checkpoint:
         }
         kind = type(optimizer).__name__.lower()
         check_fit(path, found, expected, f"the state of --optimizer {kind}")
-        tensors = read_tensors(path)
+        tensors = self._tensors(path.name)
         state = {
             name: {slot: tensors[f"{name}/{slot}"] for slot in slots[p]}
             for p, name in names.items()
@@ -167,6 +180,10 @@ class Checkpoint:
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters by name, a shared one once."""
     return dict(model.named_parameters())
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def optimizer_tensors(
@@ -215,9 +232,24 @@ def open_checkpoint(path: str | Path, which: str | None = None) -> Checkpoint:
     Raises: ConfigError if there is none, or it is damaged or foreign.
     """
     path = Path(path)
+    for _ in _attempts(path):
+        try:
+            return _open_now(path, which)
+        except ConfigError as error:
+            failed = error
+    raise failed
+
+
+def _open_now(path: Path, which: str | None) -> Checkpoint:
+    """`open_checkpoint`, which may fail because of a save meanwhile."""
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run folder; train.py names the one it writes")
     if (path / "manifest.json").is_file():
+        if which not in (None, path.name):
+            raise ConfigError(
+                f"{path} is a checkpoint, not the {which} one of a run; leave --checkpoint out, or "
+                "give the run folder"
+            )
         return _open(path)
     names = ("best", "last") if which is None else (which,)
     for name in names:
@@ -233,12 +265,48 @@ def checkpoint_folders(run: Path, name: str) -> list[Path]:
     return [folder for folder in (run / name, run / f"{name}.old") if folder.is_dir()]
 
 
+def _attempts(path: Path) -> Iterator[None]:
+    """One, and another as long as checkpoints in `path` were saved meanwhile, READS at most."""
+    before = None
+    for _ in range(READS):
+        now = _saves(path)
+        if now == before:
+            return
+        before = now
+        yield
+    if _saves(path) != before:
+        raise _saved_anew(path)
+
+
+def _saves(path: Path) -> list[tuple[int, int] | None]:
+    """What tells one state of a run folder or checkpoint from that after a save."""
+    found = []
+    for folder in ("", "best", "best.old", "last", "last.old"):
+        try:
+            status = os.stat(path / folder / "manifest.json")
+            found.append((status.st_ino, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
 def newest_whole(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest whole checkpoint of a run folder, and what is wrong with the damaged ones.
 
     Behind a whole `last` nothing is looked at; without any checkpoint there is none.
     Raises: ConfigError if all are damaged.
     """
+    for _ in _attempts(run):
+        newest, damaged = _newest_now(run)
+        if not damaged:
+            break
+    if damaged and newest is None:
+        raise ConfigError(f"{'; '.join(damaged.values())}; {_way_on(next(iter(damaged)))}")
+    return newest, damaged
+
+
+def _newest_now(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """`newest_whole`, where a save meanwhile looks like damage."""
     newest, damaged = None, {}
     for folder in (*checkpoint_folders(run, "last"), *checkpoint_folders(run, "best")):
         try:
@@ -250,8 +318,6 @@ def newest_whole(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
             newest = found
         if folder.name == "last":
             break
-    if damaged and newest is None:
-        raise ConfigError(f"{'; '.join(damaged.values())}; {_way_on(next(iter(damaged)))}")
     return newest, damaged
 
 
@@ -270,13 +336,15 @@ def _open(folder: Path) -> Checkpoint:
     """`_read`, and what to do where that fails."""
     try:
         return _read(folder)
+    except SavedAnew:
+        raise
     except ConfigError as error:
         raise ConfigError(f"{error}; {_way_on(folder)}") from error
 
 
 def _read(folder: Path) -> Checkpoint:
     """Verify the manifest, read the small files, hold the large ones against them."""
-    _verify(folder)
+    manifest = _verify(folder)
     config, state, progress = (
         read_json(folder / name) for name in ("config.json", "tokenizer.json", "state.json")
     )
@@ -293,11 +361,37 @@ def _read(folder: Path) -> Checkpoint:
             f"{model.vocab_size}"
         )
     _check_shapes(folder, train.model, model)
-    return Checkpoint(folder, train, model, config, tokenizer, progress)
+    _check_same(folder, manifest)
+    return Checkpoint(folder, train, model, config, tokenizer, progress, manifest)
 
 
-def _verify(folder: Path) -> None:
-    """Raises: ConfigError unless every file is the one that the manifest records."""
+def _check_same(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises: SavedAnew unless `manifest` is still there: what was read of `folder` is its save."""
+    try:
+        same = read_json(folder / "manifest.json") == manifest
+    except ConfigError:
+        same = False
+    if not same:
+        raise _saved_anew(folder)
+
+
+def _saved_anew(path: Path) -> SavedAnew:
+    return SavedAnew(f"{path} has changed while it was read: a run saves there; try again")
+
+
+def _of_file(read: Callable[[Path], Any], path: Path) -> Any:
+    """read(path), where what torch says of a file that is gone is a ConfigError, too."""
+    try:
+        return read(path)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    """manifest.json.
+
+    Raises: ConfigError unless every file is the one that it records.
+    """
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{folder}: not a checkpoint of train.py (no manifest.json)")
     manifest = read_json(folder / "manifest.json")
@@ -315,11 +409,12 @@ def _verify(folder: Path) -> None:
             raise ConfigError(f"{folder}: {name} cannot be read: {error.strerror}") from error
         if found != recorded[name]:
             raise ConfigError(f"{folder}: {name} is damaged (its SHA-256 is not the recorded one)")
+    return manifest
 
 
 def _check_shapes(folder: Path, name: str, config: GPTConfig) -> None:
     """Raises: ConfigError unless the weights are those of such a model, which is not allocated."""
-    found = tensor_shapes(folder / "model.safetensors")
+    found = _of_file(tensor_shapes, folder / "model.safetensors")
     modules = {"gpt": config.n_layer, "naive": config.n_layer * config.n_head}
     if {**modules, "multihead": config.n_head}.get(name, 0) > len(found):
         raise ConfigError(
@@ -332,7 +427,7 @@ def _check_shapes(folder: Path, name: str, config: GPTConfig) -> None:
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
         raise ConfigError(f"{folder}: config.json asks for an impossible model") from error
     weights = named_weights(model)
-    check_fit(folder, found, {n: tuple(w.shape) for n, w in weights.items()})
+    check_fit(folder, found, _shapes(weights))
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > max(BUFFER_BYTES, 16 * sum(weight.nbytes for weight in weights.values())):
         raise ConfigError(

@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, and says in one line what is wrong with it."""
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from gptcore.checkpoint import (
     CheckpointWriter,
     Content,
     Progress,
+    SavedAnew,
     named_weights,
     newest_whole,
     open_checkpoint,
@@ -106,6 +108,9 @@ def test_a_run_folder_gives_best_before_last(folder):
     assert open_checkpoint(folder.parent).progress.step == 3
     assert open_checkpoint(folder.parent, "last").progress.step == 7
     assert open_checkpoint(folder).progress.step == 7  # the checkpoint itself
+    assert open_checkpoint(folder, "last").progress.step == 7
+    with pytest.raises(ConfigError, match="last is a checkpoint, not the best one of a run; leave"):
+        open_checkpoint(folder, "best")
 
 
 def test_nothing_but_the_checkpoint_is_left(folder):
@@ -310,6 +315,96 @@ def test_an_error_outside_is_not_hidden_by_one_of_the_disk(folder):
     with full_disk(), pytest.raises(ZeroDivisionError), CheckpointWriter() as writer:
         writer.save([folder], content_of(build_model("gpt", SHAPE)))
         raise ZeroDivisionError
+
+
+# ---- read meanwhile --------------------------------------------------------------------------
+
+READINGS = 11  # of files, to open a checkpoint
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+@pytest.mark.parametrize("number", range(READINGS + 1))
+def test_what_is_read_while_it_is_saved_is_one_save(folder, monkeypatch, number, name):
+    """A save comes before the reader's call `number`; read through, then it is the newer one."""
+    torch.manual_seed(1)
+    contents = {step: content_of(build_model("gpt", SHAPE), step=step) for step in (7, 8)}
+    folder = folder.with_name(name)
+    write_checkpoint(folder, contents[7])
+    calls = []
+
+    def late(real):
+        def call(*args):
+            calls.append(real.__name__)
+            if len(calls) == number + 1:
+                write_checkpoint(folder, contents[8])
+            return real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for reader in ("read_json", "fingerprint", "tensor_shapes"):
+            patch.setattr(checkpoints, reader, late(getattr(checkpoints, reader)))
+        found = open_checkpoint(folder.parent if number % 2 else folder)
+    saved = contents[found.progress.step].weights
+    weights = found.read_weights()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    assert (len(calls) > READINGS) == (0 < number < READINGS)  # read twice where it had to be
+    if number < READINGS:
+        assert found.progress.step == 8
+
+
+def test_a_save_meanwhile_is_no_damage_to_resume_past(folder, monkeypatch):
+    real, content = checkpoints.fingerprint, content_of(build_model("gpt", SHAPE), step=8)
+    save(folder.with_name("best"), build_model("gpt", SHAPE), step=3)
+
+    def once(path):
+        monkeypatch.setattr(checkpoints, "fingerprint", real)
+        write_checkpoint(folder, content)
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "fingerprint", once)
+    found, damaged = newest_whole(folder.parent)
+    assert (found.progress.step, damaged) == (8, {})
+
+
+def test_tensors_of_another_save_are_not_taken(folder):
+    """Opened before it and loaded after it: weights, optimizer and step would be of two."""
+    found, model = open_checkpoint(folder), build_model("gpt", SHAPE)
+    before = [parameter.clone() for parameter in model.parameters()]
+    save(folder, build_model("gpt", SHAPE), step=8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for load in (lambda: found.load_weights(model), lambda: found.load_optimizer(model, optimizer)):
+        with pytest.raises(SavedAnew, match="last has changed while it was read: a run saves"):
+            load()
+    assert all(map(torch.equal, before, model.parameters())) and not optimizer.state
+
+
+def test_a_folder_that_is_saved_for_ever(folder, monkeypatch):
+    """Neither waited for without end nor called damaged, nor said to be set aside."""
+    real, contents = checkpoints.read_json, content_of(build_model("gpt", SHAPE))
+    monkeypatch.setattr(
+        checkpoints, "read_json", lambda path: write_checkpoint(folder, contents) or real(path)
+    )
+    dumps, count = json.dumps, itertools.count()  # no two saves are the same
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: dumps(*a, **k) + " " * next(count))
+    for opens in (open_checkpoint, newest_whole):
+        with pytest.raises(ConfigError, match="a run saves there; try again$"):
+            opens(folder.parent)
+
+
+def test_a_file_that_torch_cannot_open(folder, monkeypatch):
+    """It raises RuntimeError where another program would say OSError."""
+    found = open_checkpoint(folder)
+
+    def gone(path):
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+
+    monkeypatch.setattr(checkpoints, "read_tensors", gone)
+    with pytest.raises(ConfigError, match="model.safetensors: cannot be read: unable to open"):
+        found.read_weights()
+    monkeypatch.setattr(checkpoints, "tensor_shapes", gone)
+    with pytest.raises(ConfigError, match="model.safetensors: cannot be read: unable to open"):
+        open_checkpoint(folder)
 
 
 # ---- what is refused -------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The command lines as a user types them; bad input is one line, the fix, exit 2."""
 
+import errno
+import json
 import os
 import re
 import shlex
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gptcore import trainer
+from gptcore import model, trainer
 from gptcore.__main__ import main
+from gptcore.flags import run_command
 from kernels import backend
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +234,25 @@ def test_eval_repeats_the_exact_loss(trained_run, tmp_path, capsys):
     fails(capsys, main, ["eval", str(trained_run), f"--data={other}"], "never seen")
 
 
+def test_eval_refuses_a_text_that_has_changed(train_main, tiny_flags, text_file, tmp_path, capsys):
+    """Its loss would be another, on other tokens; with --data it is what was asked for."""
+    text, folder = shutil.copy(text_file, tmp_path / "text.txt"), str(tmp_path / "run")
+    flags = [*tiny_flags, f"--data={text}", f"--out_dir={folder}", "--max_iters=1"]
+    assert train_main(flags) == 0
+    assert main(["eval", folder]) == 0
+    with open(text, "a") as file:
+        file.write("the king and queen " * 100)
+    capsys.readouterr()
+    message = (
+        f"the text has changed since: trained on {text}, now there is {text}; give --data FILE"
+    )
+    fails(capsys, main, ["eval", folder], message)
+    assert main(["eval", folder, f"--data={text}"]) == 0
+    assert ", 7,899 targets" in capsys.readouterr().out  # all of it
+    assert main(["eval", folder, f"--data={text_file}"]) == 0
+    assert ", 599 targets" in capsys.readouterr().out  # what was held out of the same text
+
+
 def test_eval_repeats_a_loss_in_bfloat16_of_so_many_tokens(
     train_main, tiny_flags, tmp_path, capsys
 ):
@@ -284,6 +306,95 @@ def test_a_compiler_that_fails_is_one_line(train_main, tiny_flags, tmp_path, mon
     argv = [*tiny_flags, f"--out_dir={tmp_path / 'run'}"]
     message = "torch.compile failed: no C++ compiler; leave --compile out"
     fails(capsys, train_main, argv, message, code=1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train --data=LONG", "train --out_dir=LONG", "train --init_from=LONG"),
+        *("train --out_dir=LONG --resume", "lr_range --out_dir=LONG", "lr_range --data=LONG"),
+        *("sample LONG", "eval LONG", "eval RUN --data=LONG", "prepare LONG", "export LONG x"),
+    ],
+)
+def test_a_text_in_the_place_of_a_path(
+    train_main, tiny_flags, trained_run, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    long = "To be, or not to be: " * 20
+    name, *flags = (word.replace("LONG", long) for word in command.split())
+    flags = [str(trained_run) if word == "RUN" else word for word in flags]
+    flags += ["--format=notebook"] * (name == "export")
+    flags = [*tiny_flags * (name == "train"), *flags]
+    run = train_main if name == "train" else lambda argv: main([name, *argv])
+    fails(capsys, run, flags, "To be, or not")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_one_may_not_enter(trained_run, tmp_path, capsys):
+    folder = tmp_path / "closed"
+    shutil.copytree(trained_run, folder / "run")
+    folder.chmod(0)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:  # who may enter
+        os.seteuid(65534)
+    try:
+        for command in ("sample", "eval"):
+            message = f"cannot use {folder / 'run'}: Permission denied; give another path"
+            fails(capsys, main, [command, str(folder / "run")], message)
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.EACCES, "Denied", "a/b"), 2, "cannot use a/b: Denied; give another path"),
+        (OSError(errno.ENAMETOOLONG, "Long", "a"), 2, "cannot use a: Long; give another path"),
+        (OSError(errno.EIO, "Broken", "a/b"), 1, "a/b: Broken"),
+        (OSError(errno.EACCES, "Denied"), 1, "Denied"),
+        (OSError("timed out"), 1, "timed out"),
+    ],
+    ids=str,
+)
+def test_an_error_of_the_system_is_one_line(capsys, error, code, message):
+    def command():
+        raise error
+
+    assert run_command(command) == code
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_a_full_disk_is_one_line(trained_run, command):
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "-m", "gptcore", command, str(trained_run)]
+        done = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_run_is_sampled_while_it_is_saved(trained_run, tmp_path, monkeypatch, capsys):
+    """After it was opened, before its weights are loaded: once, and then every time."""
+    folder, real = shutil.copytree(trained_run, tmp_path / "run"), model.build_model
+    manifest, left = folder / "best" / "manifest.json", 1
+
+    def meanwhile(*args):
+        nonlocal left
+        if left:
+            left -= 1
+            manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "save": left}))
+        return real(*args)
+
+    monkeypatch.setattr(model, "build_model", meanwhile)
+    command = ["sample", str(folder), "--max_new_tokens=5", "--seed=1"]
+    assert main(command) == 0 and left == 0
+    left = 100
+    capsys.readouterr()
+    fails(capsys, main, command, "best has changed while it was read: a run saves there; try again")
+    assert left > 80
 
 
 def test_a_closed_pipe_is_no_traceback(trained_run):
