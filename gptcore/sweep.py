@@ -13,26 +13,38 @@ the steps, the best 1 / eta of them eta times as many, and so on. Schedules span
 from the start, so that a trial that goes on is the trial it would have been.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shlex
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from gptcore.config import ConfigError, RunError
 from gptcore.files import first_free, read_json, replace_text
 from gptcore.flags import FIELDS, Parser, Settings, add_training_flags, from_text, take_settings
 from gptcore.pool import Pool, terminate_as_interrupt
+from gptcore.trackers import check_tracker
 
 NOT_SWEPT = ("out_dir", "resume", "log")
+# Of what the validation loss is taken, and per what: losses of different ones do not compare.
+MEASURE = ("data", "val_fraction", "tokenizer", "digits", "operations", "worked_steps")
 QUIET = {"sample_tokens": 0}  # what a sweep sets for every trial, unless told otherwise
 COLUMNS = ("best_val_loss", "val_loss", "val_accuracy", "step", "elapsed_s")
 EVALUATIONS = 5  # of each trial, unless told otherwise
@@ -87,19 +99,22 @@ class Plan:
 
 
 def draw(name: str, spec: str, generator: random.Random) -> Any:
-    """One value of setting `name` by `spec`, rounded to three digits, so that it can be retyped.
+    """One value of setting `name` by `spec`, rounded so that it can be retyped: to three digits, or
+    as many as tell hundreds of values between the bounds apart.
 
     Raises: ConfigError if `spec` is none of log:LOW:HIGH, uniform:LOW:HIGH and A,B,C.
     """
     kind, *bounds = spec.split(":")
     if kind not in ("log", "uniform"):
         return generator.choice(_values(name, spec))
+    whole = FIELDS[name].type in (int, int | None)
     try:
         low, high = map(float, bounds)
+        if whole:
+            low, high = math.ceil(low), math.floor(high)
         good = low < high and math.isfinite(high - low) and (kind == "uniform" or low > 0)
-    except ValueError:
+    except (ValueError, OverflowError):
         good = False
-    whole = FIELDS[name].type in (int, int | None)
     if not good or not (whole or FIELDS[name].type in (float, float | None)):
         raise ConfigError(
             f"--random {name} must be log:LOW:HIGH or uniform:LOW:HIGH with LOW < HIGH (log: above "
@@ -109,7 +124,8 @@ def draw(name: str, spec: str, generator: random.Random) -> Any:
         value = math.exp(generator.uniform(math.log(low), math.log(high)))
     else:
         value = generator.uniform(low, high)
-    return round(value) if whole else float(f"{value:.3g}")
+    digits = max(3, 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low))))
+    return min(high, max(low, round(value) if whole else float(f"{value:.{digits}g}")))
 
 
 def _values(name: str, text: str) -> list[Any]:
@@ -169,26 +185,26 @@ def add_arguments(parser: Parser) -> None:
 
 def sweep(arguments) -> int:
     """try many settings, side by side: table, CSV, plots and the best as a train command"""
-    folder, plan = _prepare(arguments)
-    trials = {trial_name(settings): settings for settings in plan.settings()}
-    print(f"sweep   {folder}: {len(trials)} trials, {arguments.jobs} at a time")
-    try:
-        with terminate_as_interrupt(), Pool(arguments.jobs, folder / "workers.log") as pool:
-            _search(folder, plan, trials, pool)
-    except KeyboardInterrupt:
-        done = sum((folder / "trials" / name / "result.json").is_file() for name in trials)
-        print(
-            f"interrupted, {done} of {len(trials)} trials done; go on with: "
-            + _resume(folder, arguments.jobs)
-        )
-        raise
-    finally:
-        results = read_results(folder, trials)
-        if results:
-            report(folder, results)
-    if not results:
-        raise ConfigError(
-            "no trial could run; mend what is said above, then: " + _resume(folder, arguments.jobs)
+    with contextlib.ExitStack() as held:
+        folder, plan = _prepare(arguments, held)
+        resume = _resume(folder, arguments.jobs)
+        held.enter_context(_disk_errors(folder, resume))
+        trials = {trial_name(settings): settings for settings in plan.settings()}
+        print(f"sweep   {folder}: {len(trials)} trials, {arguments.jobs} at a time")
+        try:
+            with _signals_as_interrupt(), Pool(arguments.jobs, folder / "workers.log") as pool:
+                not_run = _search(folder, plan, trials, pool)
+        except KeyboardInterrupt:
+            done = sum((folder / "trials" / name / "result.json").is_file() for name in trials)
+            print(f"interrupted, {done} of {len(trials)} trials done; go on with: {resume}")
+            raise
+        finally:
+            results = read_results(folder, trials)
+            if results:
+                report(folder, results)
+    if not_run:
+        raise RunError(
+            f"could not run, as said above: {', '.join(not_run)}; mend that, then: {resume}"
         )
     best = results[0]
     if best["error"]:
@@ -197,8 +213,65 @@ def sweep(arguments) -> int:
     return 0
 
 
-def _prepare(arguments) -> tuple[Path, Plan]:
-    """The folder, with the plan in it.
+@contextlib.contextmanager
+def _alone_in(folder: Path):
+    """`folder` locked against other sweeps.
+
+    Raises: ConfigError if one runs there.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(
+                f"another sweep runs in {folder}; wait for its end, or give another --out_dir"
+            ) from error
+        except OSError:  # not every file system can
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path, resume: str):
+    """What the disk refuses becomes one line."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder}: {error.strerror or error}; mend that, then: {resume}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _signals_as_interrupt():
+    """SIGTERM, and SIGHUP where nohup does not have it ignored, raise KeyboardInterrupt."""
+
+    def hang_up(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # shell and kernel may both send it
+        raise KeyboardInterrupt
+
+    with terminate_as_interrupt():
+        here = threading.current_thread() is threading.main_thread() and os.name != "nt"
+        if not here or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGHUP, hang_up)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _prepare(arguments, held: contextlib.ExitStack) -> tuple[Path, Plan]:
+    """The folder, with the plan in it, locked until the end of `held`.
 
     Raises: ConfigError on bad settings of any trial, before anything is written.
     """
@@ -234,6 +307,7 @@ def _prepare(arguments) -> tuple[Path, Plan]:
     path = path or first_free("runs/sweep")
     try:
         (path / "trials").mkdir(parents=True, exist_ok=True)
+        held.enter_context(_alone_in(path))
         _write(path / "sweep.json", plan.to_json())
     except OSError as error:
         raise ConfigError(f"cannot write to {path}: {error.strerror}; give --out_dir") from error
@@ -250,6 +324,11 @@ def _assignments(flag: str, texts: Sequence[str]):
             raise ConfigError(
                 f"--{flag} must be NAME=..., NAME a flag of train.py, each once, none of "
                 f"{', '.join(NOT_SWEPT)}; got {text!r}"
+            )
+        if name in MEASURE:
+            raise ConfigError(
+                f"--{flag} {name}: losses of trials that differ in it do not compare; give each "
+                f"--{name} a sweep of its own"
             )
         seen.add(name)
         yield name, value
@@ -289,6 +368,9 @@ def _check(plan: Plan) -> None:
     from gptcore.machine import pick_device
     from gptcore.tasks import task_of
 
+    check_tracker(plan.base.given.get("log", "none"))
+    if "init_from" in (*plan.grid, *plan.random) and "tokenizer" not in plan.base.given:
+        raise ConfigError("init_from can be tried with one tokenizer; give --tokenizer")
     device, opened = pick_device(plan.base.given.get("device", "auto")), set()
     for settings in plan.settings():
         try:
@@ -311,17 +393,23 @@ def _resume(folder: Path, jobs: int = 1) -> str:
 # ---- running ---------------------------------------------------------------------------------
 
 
-def _search(folder: Path, plan: Plan, trials: dict[str, dict[str, Any]], pool: Pool) -> None:
-    """Run every trial, or by successive halving the promising ones, to the end."""
+def _search(folder: Path, plan: Plan, trials: dict[str, dict[str, Any]], pool: Pool) -> list[str]:
+    """Run every trial, or by successive halving the promising ones, to the end.
+
+    Returns: the trials that could not run; without them no rung is followed by another.
+    """
     last = max_iters(plan)
     rungs = [last]
     while plan.eta and len(trials) >= plan.eta ** len(rungs) and rungs[0] > plan.eta:
         rungs.insert(0, last // plan.eta ** len(rungs))
-    alive, failed = list(trials), set()
+    alive, failed, not_run = list(trials), set(), []
 
     def record(request, result):
+        result = _judged(result)
         _record(folder, request, result)
-        if result["error"]:
+        if result["bad_input"]:
+            not_run.append(request["trial"])
+        elif result["error"]:
             failed.add(request["trial"])
 
     for rung, budget in enumerate(rungs):
@@ -334,6 +422,9 @@ def _search(folder: Path, plan: Plan, trials: dict[str, dict[str, Any]], pool: P
             print(f"rung {rung + 1} of {len(rungs)}, to step {budget}: the best {len(alive)}")
         requests = [_request(folder, plan, name, trials[name], budget) for name in pending]
         pool.run(requests, record)
+        if not_run:
+            break
+    return not_run
 
 
 def max_iters(plan: Plan) -> int:
@@ -387,7 +478,14 @@ def _steps_done(run: Path) -> int:
 
 def _read_result(run: Path) -> dict[str, Any] | None:
     path = run / "result.json"
-    return read_json(path) if path.is_file() else None
+    return _judged(read_json(path)) if path.is_file() else None
+
+
+def _judged(result: dict[str, Any]) -> dict[str, Any]:
+    """The same, failed if no evaluation was finite."""
+    if result["error"] or result["best_val_loss"] is not None:
+        return result
+    return {**result, "error": "no finite validation loss"}
 
 
 # ---- results ---------------------------------------------------------------------------------

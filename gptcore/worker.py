@@ -4,11 +4,15 @@ A request is one line of JSON, {"preset", "given", "log"}; its result one line,
 {"error", "bad_input", and of a finished run "step", "val_loss", ...}.
 """
 
+import _thread
 import contextlib
 import gc
 import json
 import os
+import queue
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -26,8 +30,11 @@ KEPT = ("step", "val_loss", "val_accuracy", "best_val_loss", "best_step", "elaps
 def main() -> int:
     """Serve until stdin ends or a signal comes; a run that is interrupted is saved first."""
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
+    lines: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(lines,), daemon=True).start()
     try:
-        for line in sys.stdin:
+        while line := lines.get():
             request = json.loads(line)
             with (
                 open(request["log"], "a", encoding="utf-8") as log,
@@ -36,9 +43,18 @@ def main() -> int:
             ):
                 result = trained(Settings(request["preset"], request["given"]))
             print(json.dumps(result), file=results, flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         return 1
     return 0
+
+
+def _receive(lines: queue.SimpleQueue) -> None:
+    """Hand on what stdin says; at its end, as when the sweep was killed, interrupt the training."""
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # without a lock held as Python ends
+        for line in stdin:
+            lines.put(line)
+    _thread.interrupt_main()
+    lines.put(None)  # wakes who waits for a line
 
 
 def trained(settings: Settings) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sweeps and the range test: what is tried, run, skipped, ranked, shown and suggested."""
 
+import contextlib
 import csv
 import json
 import math
@@ -106,6 +107,20 @@ def test_drawn_values_can_be_retyped():
     assert float(f"{value:.3g}") == value
 
 
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("beta2", 0.99, 0.9999), ("cycle_gamma", 0.9991, 0.9999), ("n_layer", 0.6, 2.6)],
+    ids=["beta2", "cycle_gamma", "n_layer"],
+)
+@pytest.mark.parametrize("kind", ["uniform", "log"])
+def test_draws_from_a_narrow_range_differ_and_stay_in_it(kind, name, low, high):
+    seeds = range(300)
+    values = [draw(name, f"{kind}:{low}:{high}", random.Random(seed)) for seed in seeds]
+    assert all(low <= value <= high for value in values)
+    assert len(set(values)) == 2 if name == "n_layer" else len(set(values)) > 150
+    assert all(float(f"{value:.6g}") == value for value in values)
+
+
 def test_trial_names_are_folders_and_differ():
     assert trial_name({"n_embd": 64, "bias": True}) == "n_embd=64,bias=true"
     a, b = (trial_name({"data": f"/{x * 200}/text.txt"}) for x in "ab")
@@ -119,6 +134,9 @@ def test_trial_names_are_folders_and_differ():
         (["--grid=n_embd"], "--grid must be NAME=..., NAME a flag of train.py"),
         (["--grid=n_embed=64"], "got 'n_embed=64'"),
         (["--grid=out_dir=a"], "none of out_dir"),
+        (["--grid=tokenizer=char,bpe"], "--grid tokenizer: losses of trials that differ in it do"),
+        (["--random=data=a,b", "--trials=2"], "give each --data a sweep of its own"),
+        (["--grid=init_from=a,b"], "init_from can be tried with one tokenizer; give --tokenizer"),
         (["--grid=n_embd=64", "--grid=n_embd=32"], "each once"),
         (["--grid=n_embd=64,big"], "n_embd must be a whole number; got 'big'"),
         (["--grid=n_head=2,0"], "trial n_head=0: n_head must be at least 1"),
@@ -228,8 +246,10 @@ def test_resume_forgets_no_trial(grid, pretended, tmp_path, capsys):
     assert [row["n_embd"] for row in rows] == ["20", "22", "24"]
 
 
-def test_an_interrupted_sweep_is_saved_and_goes_on(tiny_flags, tmp_path):
-    """Ctrl-C: the trial under way keeps its last step, and the command to go on is shown."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_an_interrupted_sweep_is_saved_and_goes_on(tiny_flags, tmp_path, number):
+    """Ctrl-C, a closed terminal: the trial under way keeps its last step, and the command to go on
+    is shown. Also a sweep that is killed leaves no trial training."""
     folder = tmp_path / "sweep"
     command = [sys.executable, "-m", "gptcore", "sweep", f"--out_dir={folder}", *tiny_flags]
     command += ["--grid=n_embd=8", "--max_iters=100000", "--log_interval=1"]
@@ -244,16 +264,42 @@ def test_an_interrupted_sweep_is_saved_and_goes_on(tiny_flags, tmp_path):
             while not any(record["kind"] == "train" for record in read_metrics(metrics)):
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, error = process.communicate(timeout=60)
         finally:
             process.terminate()
-    assert process.returncode == 1 and "Traceback" not in error
-    assert f"0 of 1 trials done; go on with: python -m gptcore sweep --out_dir {folder}" in out
+    if number != signal.SIGKILL:
+        assert process.returncode == 1 and "Traceback" not in error
+        assert f"0 of 1 trials done; go on with: python -m gptcore sweep --out_dir {folder}" in out
+    log = folder / "trials" / "n_embd=8.log"
+    while "stopped at step" not in log.read_text():
+        assert number == signal.SIGKILL and time.monotonic() < deadline
+        time.sleep(0.05)
     steps = read_metrics(metrics)[-1]["step"]
     assert steps > 0 and (folder / "trials" / "n_embd=8" / "last" / "manifest.json").is_file()
-    log = (folder / "trials" / "n_embd=8.log").read_text()
-    assert "stopped at step" in log
+
+
+def test_two_sweeps_in_one_folder_are_one_too_many(pretended, tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="no locks")
+    folder = tmp_path / "sweep"
+    assert main(flags_of(folder, "--grid=n_embd=20", "--max_iters=9")) == 0
+    kept, again = (folder / "sweep.json").read_text(), flags_of(folder, "--grid=n_embd=20,21")
+    again += ["--max_iters=9", "--resume"]
+    capsys.readouterr()
+    with open_folder(folder) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main(again) == 2
+    error = capsys.readouterr().err
+    assert f"another sweep runs in {folder}; wait" in error and error.count("\n") == 1
+    assert (folder / "sweep.json").read_text() == kept and pretended == [(20, 9)]
+    assert main(again) == 0 and pretended == [(20, 9), (21, 9)]
+
+
+@contextlib.contextmanager
+def open_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
 
 
 def test_a_failed_trial_does_not_end_the_others(pretended, tmp_path, capsys):
@@ -348,17 +394,84 @@ def test_a_trial_with_bad_input_is_passed_by_and_tried_again(
         "run",
         lambda self, request: answer if request["given"]["n_embd"] in bad else run(self, request),
     )
-    assert main(flags_of(folder, "--grid=n_embd=16,32")) == 2
+    assert main(flags_of(folder, "--grid=n_embd=16,32")) == 1
     out, err = capsys.readouterr()
-    assert out.count("not run: too long") == 2 and err.startswith("error: no trial could run; ")
+    assert out.count("not run: too long") == 2
+    assert "could not run, as said above: n_embd=16, n_embd=32; mend that, then: python" in err
     bad.remove(32)
-    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
+    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 1
     assert [n for n, _ in pretended] == [32]
+    out, err = capsys.readouterr()
+    assert "best " not in out and "n_embd=16; mend that" in err and err.count("\n") == 1
     assert main([*flags_of(folder, "--grid=n_embd=24,32"), "--resume"]) == 0
     assert [n for n, _ in pretended] == [32, 24]
     capsys.readouterr()
     assert main([*flags_of(folder, "--grid=n_embd=24"), "--resume"]) == 2
     assert "n_embd=32 is missing" in capsys.readouterr().err
+
+
+def test_without_a_trial_no_rung_begins(pretended, tmp_path, capsys, monkeypatch):
+    """It might be the best: another process trains it, say."""
+    held, run, folder = {20}, Worker.run, tmp_path / "sweep"
+    answer = {"error": "another process trains", "bad_input": True}
+    monkeypatch.setattr(
+        Worker,
+        "run",
+        lambda self, request: answer if request["given"]["n_embd"] in held else run(self, request),
+    )
+    assert main(flags_of(folder, "--grid=n_embd=20,24,28", "--max_iters=90", "--halving")) == 1
+    assert pretended == [(24, 30), (28, 30)]
+    assert f"n_embd=20; mend that, then: python -m gptcore sweep --out_dir {folder} --resume" in (
+        capsys.readouterr().err
+    )
+    held.clear()
+    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
+    assert pretended[2:] == [(20, 30), (20, 90)]
+
+
+def test_a_trial_without_a_finite_loss_has_failed(in_process, tiny_flags, tmp_path, capsys):
+    """Also where a result of it lies already."""
+    folder = tmp_path / "sweep"
+    flags = [*tiny_flags, "--init=gpt2", "--grid=init_std=0.02,1e30", "--on_nonfinite=skip"]
+    assert main(["sweep", f"--out_dir={folder}", *flags, "--max_iters=3"]) == 0
+    out = capsys.readouterr().out
+    assert "init_std=1e+30: failed: no finite validation loss" in out
+    assert "--init_std 0.02" in out.splitlines()[-1]
+    result = folder / "trials" / "init_std=1e+30" / "result.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "error": None}))
+    assert read_results(folder, {"init_std=1e+30": {}})[0]["error"] == "no finite validation loss"
+    assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert [row["error"] for row in rows] == ["", "no finite validation loss"]
+
+
+@pytest.mark.parametrize("name", ["results.csv", "curves.png"])
+def test_a_report_that_cannot_be_written_is_one_line(pretended, tmp_path, capsys, name):
+    folder = tmp_path / "sweep"
+    assert main(flags_of(folder, "--grid=n_embd=20", "--max_iters=9")) == 0
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    capsys.readouterr()
+    again = ["sweep", f"--out_dir={folder}", "--resume"]
+    assert main(again) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / name}: Is a directory; mend that, then: python -m ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["sweep", "lr_range"])
+def test_a_folder_that_cannot_be_is_one_line(command, tmp_path, capsys):
+    grid = ["--grid=n_embd=20"] * (command == "sweep")
+    assert main([command, f"--out_dir={tmp_path / ('long' * 70)}", *grid]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error and error.count("\n") == 1
+
+
+def test_a_missing_tracker_is_said_before_a_sweep(pretended, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert main(flags_of(tmp_path / "sweep", "--grid=n_embd=20", "--log=wandb")) == 2
+    assert "--log wandb needs the package wandb" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_worker_that_dies_is_a_failed_trial(tmp_path):
