@@ -16,15 +16,37 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from gptcore.config import ConfigError
 
 JSON_BYTES = 64 << 20  # larger than any vocabulary
 CHUNK_BYTES = 1 << 20
+CAN_LOCK = fcntl is not None
 
 
 def first_free(stem: str) -> Path:
     """The first of STEM-1, STEM-2, ... that does not exist."""
     return next(p for n in itertools.count(1) if not (p := Path(f"{stem}-{n}")).exists())
+
+
+def lock(descriptor: int) -> bool:
+    """Hold an open file or folder against other processes and threads until it is closed.
+
+    Only where CAN_LOCK; and on some file systems nothing is held.
+
+    Returns: False if another one holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def read_json(path: Path) -> Any:

@@ -23,13 +23,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from gptcore.config import ConfigError, RunError
-from gptcore.files import fingerprint, read_json, replace_text
+from gptcore.files import CAN_LOCK, fingerprint, lock, read_json, replace_text
 from gptcore.flags import Parser
 from gptcore.tokenizer import CharacterSet, CharTokenizer, Tokenizer, compact_dtype, from_state
 
@@ -268,16 +263,11 @@ def _locked(path: Path) -> Iterator[None]:
     Raises: ConfigError if another one holds it.
     """
     with open(path, "ab") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+        if CAN_LOCK and not lock(file.fileno()):
             raise ConfigError(
                 f"another process or thread prepares {path.parent}; wait for its end, or give "
                 "another --out_dir"
-            ) from error
-        except OSError:  # not every file system can
-            pass
+            )
         yield
 
 

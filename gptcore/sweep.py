@@ -31,13 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from gptcore.config import ConfigError, RunError
-from gptcore.files import first_free, read_json, replace_text
+from gptcore.files import CAN_LOCK, first_free, lock, read_json, replace_text
 from gptcore.flags import FIELDS, Parser, Settings, add_training_flags, from_text, take_settings
 from gptcore.pool import Pool, terminate_as_interrupt
 from gptcore.trackers import check_tracker
@@ -219,19 +214,15 @@ def _alone_in(folder: Path):
 
     Raises: ConfigError if one runs there.
     """
-    if fcntl is None:
+    if not CAN_LOCK:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+        if not lock(descriptor):
             raise ConfigError(
                 f"another sweep runs in {folder}; wait for its end, or give another --out_dir"
-            ) from error
-        except OSError:  # not every file system can
-            pass
+            )
         yield
     finally:
         os.close(descriptor)

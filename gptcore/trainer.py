@@ -23,11 +23,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from gptcore import distributed, finetune, machine, memory, profiling
 from gptcore.checkpoint import (
     Checkpoint,
@@ -43,7 +38,7 @@ from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_jso
 from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.distributed import ALONE, Vote, World, gather
 from gptcore.evaluation import Stopped, evaluate_exactly, evaluate_splits
-from gptcore.files import replace_text
+from gptcore.files import CAN_LOCK, lock, replace_text
 from gptcore.flags import Settings
 from gptcore.generation import generate
 from gptcore.log import Log, announce, looks_after, resume_command, trim_metrics
@@ -180,20 +175,16 @@ def _lock(run: Run) -> None:
     Raises: ConfigError if another one trains there.
     """
     path = run.folder / "config.json"
-    if fcntl is None or not path.is_file():
+    if not CAN_LOCK or not path.is_file():
         return
     run.unlock()
     file = os.open(path, os.O_RDWR)
     run.unlock = weakref.finalize(run, os.close, file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    if not lock(file):
         raise ConfigError(
             f"another process or thread trains in {run.folder}; wait for its end, or give another "
             "--out_dir"
-        ) from error
-    except OSError:  # not every file system can
-        pass
+        )
 
 
 def _load(
