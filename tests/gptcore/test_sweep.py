@@ -254,9 +254,12 @@ def test_an_interrupted_sweep_is_saved_and_goes_on(tiny_flags, tmp_path, number)
     command = [sys.executable, "-m", "gptcore", "sweep", f"--out_dir={folder}", *tiny_flags]
     command += ["--grid=n_embd=8", "--max_iters=100000", "--log_interval=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+
+    def unlike_nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, preexec_fn=unlike_nohup, **how)
     metrics = folder / "trials" / "n_embd=8" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     with process:
