@@ -279,8 +279,8 @@ def handed_over(model: nn.Module) -> Iterator[dict[str, tuple[torch.Tensor, torc
 
 
 def clipped(gradients: Tensors, most: float) -> Tensors:
-    """`gradients`, scaled to a norm of at most `most`; 0: no limit."""
-    norm = sum(gradient.double().square().sum() for gradient in gradients.values()).sqrt()
+    """`gradients`, scaled to a norm of at most `most`; 0: no limit. Rounded as they are."""
+    norm = nn.utils.get_total_norm(gradients.values())
     scale = (most / (norm + 1e-6)).clamp(max=1.0).item() if most else 1.0
     return {name: gradient * scale for name, gradient in gradients.items()}
 

@@ -19,6 +19,7 @@ from gptcore.config import ConfigError
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 _NUMBERS = re.compile(r"\[([-+.,\de\s]+)\]")  # a list of numbers, to be written on one line
+_RESULTS = ":!bench/results"  # where a run may have written before another
 _FOLDER_FLAGS = ("--nanogpt", "--json", "--plot")
 
 
@@ -77,10 +78,10 @@ def cpu_name() -> str:
 
 
 def revision() -> dict[str, Any]:
-    """The git revision of this tree and whether its tracked files differ from it."""
+    """The git revision of this tree and whether tracked files other than results differ from it."""
     try:
         head = _git("rev-parse", "HEAD")
-        dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+        dirty = bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", _RESULTS))
     except (OSError, subprocess.CalledProcessError):
         return {"revision": None, "dirty": None}
     return {"revision": head, "dirty": dirty}

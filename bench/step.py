@@ -4,13 +4,14 @@ Question
     How long is a step of gptcore as `train.py` runs it, beside the models people would use?
 Method
     Every contestant trains its own copy of a model of the same size, interleaved step by step.
-    gptcore runs its trainer's step, batches included; peers get one batch for free. Tokens are
-    drawn evenly from the vocabulary, as no text is needed. Before that an update of each, dropout
-    off, is held against the naive model in float64, peers in their own wiring: the clipped
-    gradients that the optimizer is given, which must then change every weight; of gptcore it is an
-    update after the warm-ups, replayed where the timed ones are. nanoGPT's and transformers' models
-    are wired differently (tied head, GELU) and are compared for their size; on a GPU nanoGPT's also
-    compiled, as its train.py does by itself.
+    gptcore runs its trainer's step, batches included; peers get one batch for free. Characters are
+    drawn by Zipf's law, so that no text is needed and there is something to learn: of noise, whose
+    gradients cancel, little but rounding would be compared. A larger vocabulary is drawn evenly.
+    Before that an update of each, dropout off, is held against the naive model in float64, peers in
+    their own wiring: the clipped gradients that the optimizer is given, which must then change
+    every weight; of gptcore it is an update after the warm-ups, replayed where the timed ones are.
+    nanoGPT's and transformers' models are wired differently (tied head, GELU) and are compared for
+    their size; on a GPU nanoGPT's also compiled, as its train.py does by itself.
     "naive" computes in float32, as it is written, and so does "nanogpt" on a CPU, where with
     --dtype bfloat16 "nanogpt-autocast" shows what that would give it. There both train in plain
     Python processes of their own, so that what gptcore asks of this one's allocator cannot help
@@ -92,7 +93,8 @@ class _Bench:
         self.options = options
         folder = Path(tempfile.mkdtemp(prefix="bench-step-"))
         weakref.finalize(self, shutil.rmtree, folder)
-        places = np.random.default_rng(0).integers(len(CHARACTERS), size=CORPUS)
+        often = 1 / np.arange(1, len(CHARACTERS) + 1)
+        places = np.random.default_rng(0).choice(len(often), CORPUS, p=often / often.sum())
         text = np.frombuffer(CHARACTERS, dtype=np.uint8)[places]
         (folder / "text").write_bytes(text.tobytes())
         self.run = trainer.prepare(size.settings(options, folder))

@@ -158,6 +158,18 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
         torch.testing.assert_close(models.clipped(gradients, most), gradients)
 
 
+def test_what_is_clipped_is_rounded_as_what_it_stands_for():
+    """Plain PyTorch's norm of float32 gradients is no float64 one."""
+    torch.manual_seed(0)
+    gradients = {"a": torch.randn(1000, 100), "b": torch.randn(3)}
+    weights = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients.values()]
+    for weight, gradient in zip(weights, gradients.values(), strict=True):
+        weight.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    found = models.clipped(gradients, 1.0)
+    assert all(torch.equal(w.grad, found[n]) for w, n in zip(weights, found, strict=True))
+
+
 def test_a_peer_computes_in_the_dtype_that_is_asked_for():
     seen = []
 
