@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from gptcore.config import ConfigError
+from gptcore.config import ConfigError, RunError
 
 JSON_BYTES = 64 << 20  # larger than any vocabulary
 CHUNK_BYTES = 1 << 20
@@ -47,6 +47,20 @@ def lock(descriptor: int) -> bool:
     except OSError:
         pass
     return True
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, resume: Callable[[], str]) -> Iterator[None]:
+    """What the disk refuses becomes one line, with the command to go on by."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; "
+            f"mend that, then: {resume()}"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

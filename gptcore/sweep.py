@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import ConfigError, RunError
-from gptcore.files import CAN_LOCK, first_free, lock, read_json, replace_text
+from gptcore.files import CAN_LOCK, disk_errors, first_free, lock, read_json, replace_text
 from gptcore.flags import FIELDS, Parser, Settings, add_training_flags, from_text, take_settings
 from gptcore.pool import Pool, terminate_as_interrupt
 from gptcore.trackers import check_tracker
@@ -183,7 +183,7 @@ def sweep(arguments) -> int:
     with contextlib.ExitStack() as held:
         folder, plan = _prepare(arguments, held)
         resume = _resume(folder, arguments.jobs)
-        held.enter_context(_disk_errors(folder, resume))
+        held.enter_context(disk_errors(folder, lambda: resume))
         trials = {trial_name(settings): settings for settings in plan.settings()}
         print(f"sweep   {folder}: {len(trials)} trials, {arguments.jobs} at a time")
         try:
@@ -226,19 +226,6 @@ def _alone_in(folder: Path):
         yield
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path, resume: str):
-    """What the disk refuses becomes one line."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise RunError(
-            f"{error.filename or folder}: {error.strerror or error}; mend that, then: {resume}"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig, to_jso
 from gptcore.data import NAMES, Corpus, Prepared, load_data
 from gptcore.distributed import ALONE, Vote, World, gather
 from gptcore.evaluation import Stopped, evaluate_exactly, evaluate_splits
-from gptcore.files import CAN_LOCK, lock, replace_text
+from gptcore.files import CAN_LOCK, disk_errors, lock, replace_text
 from gptcore.flags import Settings
 from gptcore.generation import generate
 from gptcore.log import Log, announce, looks_after, resume_command, trim_metrics
@@ -154,7 +154,10 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         run.saved = run.step, run.evaluated_step
     if world.rank:
         return run
-    with _disk_errors(run), contextlib.ExitStack() as on_error:
+    with (
+        disk_errors(run.folder, lambda: resume_command(run)),
+        contextlib.ExitStack() as on_error,
+    ):
         on_error.callback(lambda: run.unlock())
         _lock(run)
         if damaged:
@@ -415,7 +418,7 @@ def _loop(run: Run, log: Log, rate: float) -> Path:
     watching = contextlib.closing(profiling.watch(run, log, rate))
     with (
         advised,
-        _disk_errors(run),
+        disk_errors(run.folder, lambda: resume_command(run)),
         _stop_on_signals(run),
         run.writer,
         log.progress_bar(),
@@ -457,7 +460,7 @@ def _loop(run: Run, log: Log, rate: float) -> Path:
     if run.evaluated_step < config.max_iters:
         print(f"stopped at step {run.step}; go on with: {resume_command(run)}")
         raise KeyboardInterrupt
-    with _disk_errors(run):
+    with disk_errors(run.folder, lambda: resume_command(run)):
         if evaluation is None or config.eval_mode != "exact":
             evaluation = evaluate_exactly(run)
         log.finished(evaluation)
@@ -479,20 +482,6 @@ def save(run: Run, *names: str) -> None:
     )
     if run.world.rank == 0:
         run.writer.save([run.folder / name for name in names], content)
-
-
-@contextlib.contextmanager
-def _disk_errors(run: Run) -> Iterator[None]:
-    """What the disk refuses becomes one line."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise RunError(
-            f"cannot write {error.filename or run.folder}: {error.strerror or error}; "
-            f"mend that, then: {resume_command(run)}"
-        ) from error
 
 
 def show_sample(run: Run) -> None:

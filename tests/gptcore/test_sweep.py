@@ -458,7 +458,9 @@ def test_a_report_that_cannot_be_written_is_one_line(pretended, tmp_path, capsys
     again = ["sweep", f"--out_dir={folder}", "--resume"]
     assert main(again) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {folder / name}: Is a directory; mend that, then: python -m ")
+    assert error.startswith(
+        f"error: cannot write {folder / name}: Is a directory; mend that, then: python -m "
+    )
     assert error.count("\n") == 1
 
 
