@@ -431,6 +431,17 @@ def test_a_record_survives_writing_and_reading(tmp_path):
     assert not list(path.parent.glob("*.partial"))
 
 
+@pytest.mark.parametrize("said", ["570.86.10\n570.86.10\n", "", None])
+def test_the_driver_s_version_is_what_nvidia_smi_says(said, monkeypatch):
+    def run(command, **_):
+        if said is None:
+            raise FileNotFoundError(command[0])
+        return types.SimpleNamespace(stdout=said)
+
+    monkeypatch.setattr(recording.subprocess, "run", run)
+    assert recording.driver_version() == ("570.86.10" if said else None)
+
+
 def test_what_peers_run_without_is_said(monkeypatch, capsys):
     assert recording.environment(CPU)["allocator_variables"] == []
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")

@@ -176,6 +176,18 @@ def step_record(tmp_path, measured_ms):
     recording.write(record, tmp_path / "cpu.json")
 
 
+def test_kernels_of_a_gpu_s_record_are_counted_for_that_gpu(monkeypatch):
+    counted = []
+    monkeypatch.setattr(predict, "kernels_of", lambda c, B, arch: counted.append(arch) or (1, 1))
+    environment = {"device": "NVIDIA A100", "device_type": "cuda", "capability": "8.0"}
+    ceilings = {"copy_gbps": 1.0, "matmul_tflops": 1.0, "dispatch_us": 1.0}
+    record = {"environment": environment, "questions": {"step": {"ceilings": ceilings}}}
+    config = dataclasses.asdict(GPTConfig(n_layer=1, n_head=3, n_embd=20, block_size=8))
+    case = {"config": config, "shape": {"B": 4}, "dtype": "bfloat16"}
+    predict.measured_machine(record, "step", case)
+    assert counted == ["sm_80"]
+
+
 def test_validation_states_the_error_against_what_was_measured(tmp_path, capsys):
     step_record(tmp_path, measured_ms=10.0)
     ((_, case, predicted, measured),) = predict.validation(tmp_path)
