@@ -10,6 +10,8 @@ Method
     Before that an update of each, dropout off, is held against the naive model in float64, peers in
     their own wiring: the clipped gradients that the optimizer is given, which must then change
     every weight; of gptcore it is an update after the warm-ups, replayed where the timed ones are.
+    For that, biases keep a ReLU's units on or off: near 0 rounding would decide, and one unit of a
+    million that is on here and off there changes a float32 gradient by more than all its rounding.
     nanoGPT's and transformers' models are wired differently (tied head, GELU) and are compared for
     their size; on a GPU nanoGPT's also compiled, as its train.py does by itself.
     "naive" computes in float32, as it is written, and so does "nanogpt" on a CPU, where with
@@ -84,6 +86,19 @@ class Size:
         return train, GPTConfig(**model | {"vocab_size": self.vocab_size})
 
 
+def decided(model):
+    """`model`, a GPT, with biases that have every unit of its ReLUs on or off, by turns, for good.
+
+    A pre-activation has the spread of its row's norm, since LayerNorm's outputs have that of 1.
+    """
+    for block in model.blocks:
+        if model.config.activation == "relu" and block.mlp_in.bias is not None:
+            with torch.no_grad():
+                block.mlp_in.bias.copy_(8 * block.mlp_in.weight.norm(dim=1))
+                block.mlp_in.bias[1::2] *= -1
+    return model
+
+
 class _Bench:
     """What the contestants of one case share: the trainer's run, its model, one batch."""
 
@@ -154,7 +169,7 @@ class _Bench:
         ours = warm_ups is not None
 
         def measured(seed: int) -> Measured:
-            source = self.wired(**wiring, dropout=0.0, seed=seed)
+            source = decided(self.wired(**wiring, dropout=0.0, seed=seed))
             model = build(source)
             update = step(model, self.judged)
             with models.handed_over(model) as found:

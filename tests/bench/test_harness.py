@@ -360,11 +360,10 @@ def test_a_breach_on_one_draw_is_held_over_more_of_them():
     drawn.clear()
     unlucky = lambda x, p, key: x["x"] + 3e-5  # noqa: E731
     assert run_op(Op(inputs, plain, unlucky, {}), FORWARD)[OURS]["status"] == "timed"
-    every = [*range(1337, 1337 + 16), 1338]  # the last one for "eager", whose luck is no better
-    assert drawn == every
+    assert drawn == [*range(1337, 1337 + 16)]
     drawn.clear()
     assert run_op(Op(inputs, plain, ours(3), {}), FORWARD)[OURS]["status"] == "failed"
-    assert drawn == every
+    assert len(drawn) == 16
 
 
 def test_a_peer_with_its_own_weights_is_compared_where_names_agree():
@@ -372,23 +371,6 @@ def test_a_peer_with_its_own_weights_is_compared_where_names_agree():
     plain = {name: tensor.float() for name, tensor in exact.items()}
     check = check_tensors({"o0": torch.ones(20), "dother": None}, plain, exact, ours=False)
     assert check.passed
-
-
-@pytest.mark.parametrize(("wrong", "passed"), [(0, True), (1, True), (3, True), (4, False)])
-def test_a_peer_may_be_out_of_luck_but_not_always(wrong, passed):
-    """The next of its draws is made only if it must be."""
-    exact = {"o0": torch.ones(20, dtype=torch.float64)}
-    plain, made = {"o0": torch.full((20,), 1.001)}, []
-
-    def draws():
-        for number in range(9):
-            made.append(number)
-            yield {"o0": torch.full((20,), 1.1 if number < wrong else 1.002)}, plain, exact
-
-    first, *_ = next(others := draws())
-    check = check_tensors(first, plain, exact, ours=False, others=others)
-    assert check.passed == passed and len(made) == min(wrong, 3) + 1
-    assert bool(check.details) != passed
 
 
 @pytest.mark.parametrize("name", ["first", "last"])

@@ -80,6 +80,25 @@ def test_a_step_of_wrong_weights_is_not_timed(monkeypatch):
     assert [r["status"] for r in record["results"]] == ["timed", "failed"]
 
 
+def test_no_unit_of_the_judged_model_is_near_the_edge_of_its_relu(monkeypatch):
+    """One that rounding turns on or off changes a float32 gradient more than all the rounding."""
+    from gptcore import model as module
+
+    right, margins = module.linear_act, []
+
+    def linear_act(x, weight, bias, **options):
+        z = torch.nn.functional.linear(x, weight, bias).detach()
+        margins.append(z / weight.detach().norm(dim=1))
+        return right(x, weight, bias, **options)
+
+    monkeypatch.setattr(module, "linear_act", linear_act)
+    size = step.Size("tiny", "notebook", tiny_step().given)
+    contestants = {c.name: c for c in step.step_case(size, OPTIONS).open()}
+    assert contestants[OURS].check().passed
+    assert margins and all((margin.abs() > 2).all() for margin in margins)
+    assert all((margin > 0).float().mean() == 0.5 for margin in margins)
+
+
 def failed_update(monkeypatch, name, damage, **given):
     """Why an update that `damage` spoils, one of the tiny step's, is not timed."""
     options = dataclasses.replace(OPTIONS, peers=("naive", "eager"))
