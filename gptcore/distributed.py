@@ -34,7 +34,8 @@ from gptcore import machine
 from gptcore.config import ConfigError, RunError, TrainConfig
 
 TIMEOUT_S = 600.0  # for the slowest rank to come to a collective: others save, plot or sample
-LOST = ("by peer", "remote worker", "Timed out waiting")  # in what gloo says when a rank is gone
+# In what gloo and NCCL say when a rank is gone; whatever else NCCL raises is its own failure.
+LOST = ("by peer", "remote worker", "Timed out waiting", "remote process exited", "crash on rank 0")
 
 T = TypeVar("T")
 
@@ -87,6 +88,10 @@ class World:
         """
         return -(-config.sequences // (self.size * (most or config.batch_size)))
 
+    def rows(self, config: TrainConfig) -> int:
+        """Sequences in the largest micro-batch of any rank; at most batch_size."""
+        return -(-config.sequences // (self.size * self.rounds(config)))
+
     def micro_batches(self, config: TrainConfig, most: int | None = None) -> list[tuple[int, int]]:
         """(first row in the global batch, rows) of each micro-batch of this rank, none empty."""
         S = config.sequences
@@ -119,6 +124,15 @@ class World:
         if isinstance(box[0], (ConfigError, RunError)):
             raise box[0]
         return box[0]
+
+    def check_same(self, what: str, fingerprint: str) -> None:
+        """Raises: ConfigError on all ranks unless all come with rank 0's fingerprint."""
+        differs = torch.tensor([int(fingerprint != self.from_rank_0(lambda: fingerprint))])
+        if number := int(self.sum(differs)):
+            raise ConfigError(
+                f"{number} of {self.size} processes have another {what} than the first one; give "
+                "all of them the same --data"
+            )
 
     def shard(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """Every size-th of `batches`, and whether it counts.
@@ -197,7 +211,10 @@ def join(given: dict[str, Any]) -> Iterator[World]:
                 raise
             world.from_rank_0(lambda: None)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(w in str(error) for w in LOST):
+        lost = any(words in str(error) for words in LOST)
+        if isinstance(error, dist.DistBackendError) and not lost:
+            raise RunError(f"the processes cannot talk to each other: {error}") from error
+        if not isinstance(error, dist.DistError) and not lost:
             raise
         raise RunError(
             "another process of the job is gone; what was saved is whole: go on with --resume "
@@ -212,14 +229,15 @@ def _device_of_rank(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     local, GPUs = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
     if device.index is not None:
         raise ConfigError(
             f"device must be auto, cpu or cuda under torchrun, which numbers the GPUs; got {name!r}"
         )
-    if local >= GPUs:
+    if processes > GPUs:  # on all of them alike, so that none waits for the others
         raise ConfigError(
-            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes for "
-            f"{GPUs} GPUs; give it --nproc_per_node={GPUs}, or train.py --device cpu"
+            f"torchrun started {processes} processes for {GPUs} GPUs; give it "
+            f"--nproc_per_node={GPUs}, or train.py --device cpu"
         )
     return torch.device("cuda", local)
 

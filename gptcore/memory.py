@@ -22,6 +22,7 @@ batch_size times gradient_accumulation_steps decides the result.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import torch
 
 from gptcore import machine
 from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
+from gptcore.distributed import ALONE, World
 from gptcore.model import build_model
 from gptcore.step import largest_micro_batch, may_be_half
 from kernels.cross_entropy import CHUNK_BYTES
@@ -136,18 +138,21 @@ def fitting(sequences: int, most: int, needed: Need, free: float) -> int | None:
     return None
 
 
-def check(config: TrainConfig, model: GPTConfig, device: torch.device) -> None:
+def check(
+    config: TrainConfig, model: GPTConfig, device: torch.device, world: World = ALONE
+) -> None:
     """Refuse a run that surely does not fit, before anything is allocated.
 
     Raises: ConfigError, naming the batch size that fits.
     """
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and may_be_half(device))
     needed = need(config, model, device.type, torch.bfloat16 if half else torch.float32)
-    wanted, (free, _) = needed.bytes(config.batch_size), device_bytes(device)
+    rows, (free, _) = world.rows(config), device_bytes(device)
+    wanted = needed.bytes(rows)
     if TOLERANCE * wanted > free:
         raise ConfigError(
             f"about {wanted / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free: "
-            + _advice(config, fitting(config.sequences, config.batch_size, needed, free))
+            + _advice(config, fitting(config.sequences, rows, needed, free))
         )
 
 
@@ -173,12 +178,18 @@ def check_sampling(
 
 @contextlib.contextmanager
 def advised(
-    config: TrainConfig, model: GPTConfig, device: torch.device, dtype: torch.dtype, command: str
+    config: TrainConfig,
+    model: GPTConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    command: str,
+    world: World = ALONE,
 ) -> Iterator[None]:
     """Running out of memory inside becomes one line with a batch size that fits.
 
     Args:
         command: how to go on, but for the batch size.
+        world: the processes that share a step's sequences and, with FSDP, the weights.
     Raises: RunError.
     """
     try:
@@ -188,8 +199,10 @@ def advised(
         if not known and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         needed, (_, total) = need(config, model, device.type, dtype), device_bytes(device)
+        if world.parallel == "fsdp":
+            needed = dataclasses.replace(needed, fixed_bytes=needed.fixed_bytes // world.size)
         # What did not fit did not, whatever the estimate says: at most half of it.
-        half = min(config.batch_size, needed.sequences) // 2
+        half = min(world.rows(config), needed.sequences) // 2
         size = fitting(config.sequences, half, needed, total)
         raise RunError(
             f"out of memory with batch_size {config.batch_size}: {_advice(config, size)}; "

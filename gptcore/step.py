@@ -102,7 +102,7 @@ class Step:
     ):
         self.model, self.optimizer, self.corpus, self.config = model, optimizer, corpus, config
         self.device, self.dtype, self.step, self.world = device, dtype, step, world
-        self.half, self.compute = None, model
+        self.half, self.sampled, self.compute = None, None, model
         if dtype != torch.float32 and world.parallel is None:
             self.half = HalfCopy(model, dtype)
             self.compute = self.half.model
@@ -147,8 +147,13 @@ class Step:
 
     def whole_model(self) -> nn.Module | None:
         """A model to sample from, on rank 0; every rank calls this."""
-        if self.world.parallel != "fsdp" and not isinstance(self.compute, Rounded):
-            return self.compute
+        if self.world.parallel != "fsdp":
+            if not isinstance(self.compute, Rounded) or self.world.rank:
+                return self.compute
+            # One for all samples, so that the graph that writes text is captured once.
+            self.sampled = self.sampled or HalfCopy(self.model, self.dtype)
+            self.sampled.refresh()
+            return self.sampled.model
         weights = gather(named_weights(self.model), self.model)
         if self.world.rank:
             return None

@@ -111,6 +111,11 @@ def prepare(settings: Settings, world: World = ALONE) -> Run:
         config, model_fields = resumed_settings(checkpoint, settings)
         preset = checkpoint.config.get("preset", preset)
         device = world.device or machine.pick_device(config.device)
+    if config.device == "cpu" != device.type:  # torchrun's was taken before the run was read
+        raise ConfigError(
+            f"--resume: {config.out_dir} trains on the CPU; give --device cpu again, or --device "
+            "cuda to go on with GPUs"
+        )
     if device.type == "cpu":
         machine.keep_freed_memory()
         machine.limit_threads()
@@ -204,6 +209,8 @@ def _load(
     """
     task = task_of(config, device)
     text = task.text if task else load_data(config.data)
+    if world.size > 1:
+        world.check_same("text", text.sha256)
     _check_applicable(settings.given, config.data, task, text)
     if isinstance(text, Prepared) and "tokenizer" not in settings.given:
         config = config.replace(tokenizer=text.vocabulary.kind)
@@ -229,7 +236,7 @@ def _load(
             )
     model_config = GPTConfig(**model_fields)
     if world.parallel != "fsdp":  # whose processes share the weights
-        memory.check(config, model_config, device)
+        memory.check(config, model_config, device, world)
         tokens = 1 + config.sample_tokens
         memory.check_sampling(model_config, device, 1, tokens, "--sample_tokens")
     corpus = task or Corpus.build(
@@ -272,7 +279,7 @@ def _build(
     Raises: ConfigError if weights do not fit; RunError if the memory does not hold it all.
     """
     torch.manual_seed(config.seed)
-    with memory.advised(config, model_config, device, torch.float32, "the same command"):
+    with memory.advised(config, model_config, device, torch.float32, "the same command", world):
         model = build_model(config.model, model_config)
         if world.parallel != "fsdp":
             model.to(device)
@@ -413,7 +420,7 @@ def _loop(run: Run, log: Log, rate: float) -> Path:
     checkpoint_interval = config.checkpoint_interval or config.eval_interval
     evaluation = None
     advised = memory.advised(
-        config, run.model.config, run.device, run.update.dtype, resume_command(run)
+        config, run.model.config, run.device, run.update.dtype, resume_command(run), run.world
     )
     watching = contextlib.closing(profiling.watch(run, log, rate))
     with (

@@ -10,6 +10,7 @@ exit codes.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -296,6 +297,18 @@ def refused_by_rank_0(*names: str):
     return damage
 
 
+def another_text(rank):
+    """Rank 1 comes with a text of its own, of the same characters."""
+    real = trainer.load_data
+
+    def load_data(name):
+        text = real(name)
+        return dataclasses.replace(text, content=text.content[::-1])
+
+    if rank == 1:
+        trainer.load_data = load_data
+
+
 def infinite_once(number: int) -> None:
     """On the last rank, one row of both embeddings gets an infinite gradient in update `number`.
 
@@ -363,6 +376,7 @@ DAMAGES = {
     "SIGTERM to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGTERM), 1),
     "SIGKILL to rank 1": at_step(2, functools.partial(signal.raise_signal, signal.SIGKILL), 1),
     "exception on rank 1": at_step(2, fail, 1),
+    "another text on rank 1": another_text,
 }
 
 if __name__ == "__main__":

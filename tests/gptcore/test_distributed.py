@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from gptcore import machine, step
 from gptcore.__main__ import main
 from gptcore.checkpoint import open_checkpoint
-from gptcore.config import ConfigError, GPTConfig, TrainConfig
-from gptcore.distributed import ALONE, Rounded, Vote, World
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
+from gptcore.distributed import ALONE, Rounded, Vote, World, _device_of_rank, join
+from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
-from gptcore.step import HalfCopy, eager_reason
+from gptcore.step import HalfCopy, Step, eager_reason
 from gptcore.trainer import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +79,7 @@ OTHERS = {
     "SIGTERM to rank 1": (2, "ddp", []),
     "SIGKILL to rank 1": (2, "ddp", []),
     "exception on rank 1": (2, "fsdp", []),
+    "another text on rank 1": (2, "ddp", []),
 }
 # --on_nonfinite, with an infinite gradient on the last rank alone
 POLICIES = {
@@ -372,6 +376,14 @@ def test_a_bug_on_one_rank_is_shown_and_ends_the_others(folders):
     assert said(folder).startswith("error: another process of the job is gone")
 
 
+def test_all_ranks_refuse_texts_that_differ(folders):
+    folder = folders["another text on rank 1"]
+    assert codes(folder) == [2, 2] and not (folder / "run").exists()
+    for rank in range(2):
+        assert said(folder, rank).count("\n") == 1
+        assert "1 of 2 processes have another text than the first one" in said(folder, rank)
+
+
 # ---- under torchrun itself -------------------------------------------------------------------
 
 
@@ -438,7 +450,7 @@ def test_torchrun_hands_on_a_signal_and_the_job_goes_on_later(text_file, tmp_pat
     step = open_checkpoint(tmp_path / "run", "last").progress.step
     assert job.returncode != 0 and f"stopped at step {step};" in out
     more = [f"--out_dir={tmp_path / 'run'}", "--resume", f"--max_iters={step + 2}"]
-    job = torchrun(ROOT / "train.py", *more, "--parallel=fsdp")
+    job = torchrun(ROOT / "train.py", *more, "--device=cpu", "--parallel=fsdp")
     assert job.communicate(timeout=600) and job.returncode == 0
     assert open_checkpoint(tmp_path / "run", "last").progress.step == step + 2
 
@@ -460,6 +472,7 @@ def test_every_row_has_one_rank(size, batch_size, accumulation):
     rows = [row for first, count in pieces for row in range(first, first + count)]
     assert rows == list(range(config.sequences))
     assert all(1 <= count <= batch_size for _, count in pieces)
+    assert max(count for _, count in pieces) == worlds[0].rows(config)
     assert len({len(world.micro_batches(config)) for world in worlds}) == 1
 
 
@@ -498,6 +511,72 @@ def test_rounded_computes_what_the_half_copy_computes(prepared):
         assert a.grad.dtype == torch.float32 and torch.equal(a.grad, b.grad)
 
 
+def test_what_is_sampled_under_ddp_is_one_model_with_the_weights_of_now(prepared, monkeypatch):
+    """A new model for each sample would have its graph captured anew."""
+    run = prepared("--dropout=0.2")
+    monkeypatch.setattr(step, "engine", lambda module, world: module)
+    world = World(0, 2, "ddp", torch.device("cpu"))
+    where = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "world": world}
+    update = Step(run.model, run.optimizer, run.corpus, run.config, **where)
+    first = update.whole_model()
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(1 / 3)
+    assert update.whole_model() is first
+    for mine, now in zip(first.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(mine, now.bfloat16())
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_every_rank_sees_that_there_are_too_few_gpus(local, monkeypatch):
+    """One that went on would wait for those that were refused."""
+    monkeypatch.setattr(machine, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes for 1 GPUs; give it --nproc_per_node=1"):
+        _device_of_rank("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _device_of_rank("cuda") == torch.device("cuda", local)
+
+
+@pytest.fixture
+def one_of_torchrun(monkeypatch):
+    """This process is all that torchrun started."""
+    start, store = dist.init_process_group, dist.HashStore()
+    ours = {"store": store, "rank": 0, "world_size": 1}
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: start(*a, **k, **ours))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    yield {"parallel": "ddp", "device": "cpu"}
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+NO_SPACE = "NCCL error in: x.cpp:1\nncclSystemError\nLast error:\nshm: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (dist.DistBackendError(NO_SPACE), "cannot talk .* No space left on device"),
+        (dist.DistBackendError("remote process exited\nLast error"), "another process .* is gone"),
+        (dist.DistNetworkError("no one answers"), "another process .* is gone"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]"), "another process .* is gone"),
+    ],
+)
+def test_an_error_of_nccl_itself_is_told_whole_and_blames_nobody(error, said, one_of_torchrun):
+    with pytest.raises(RunError, match=f"(?s){said}"), join(one_of_torchrun):
+        raise error
+
+
+def test_a_run_on_the_cpu_does_not_move_to_the_gpus_of_torchrun(trained_run):
+    settings = parse_settings([f"--out_dir={trained_run}", "--resume"])
+    world = World(0, 1, "ddp", torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match="trains on the CPU; give --device cpu again"):
+        prepare(settings, world)
+
+
 def test_what_does_not_go_together(prepared):
     with pytest.raises(ConfigError, match="--parallel fsdp needs the processes of torchrun"):
         prepared("--parallel=fsdp")
@@ -526,6 +605,4 @@ def test_alone_nothing_is_waited_for(tiny_flags, tmp_path):
 
 
 def prepare_alone(tiny_flags, tmp_path):
-    from gptcore.flags import parse_settings
-
     return prepare(parse_settings([*tiny_flags, f"--out_dir={tmp_path / 'run'}"]))

@@ -8,7 +8,8 @@ import torch
 
 from gptcore import memory, trainer
 from gptcore.checkpoint import open_checkpoint
-from gptcore.config import ConfigError, GPTConfig, TrainConfig
+from gptcore.config import ConfigError, GPTConfig, RunError, TrainConfig
+from gptcore.distributed import World
 from gptcore.memory import Need, device_bytes, fitting, need, parameter_count
 from gptcore.model import GPT, MODELS, build_model
 from gptcore.optim import hidden_matrices
@@ -233,6 +234,37 @@ def test_other_errors_stay_what_they_are(train_main, tiny_flags, tmp_path, monke
     monkeypatch.setattr(trainer, "training_step", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         train_main([*tiny_flags, f"--out_dir={tmp_path / 'run'}"])
+
+
+def test_a_rank_is_measured_by_its_own_part_of_the_batch(monkeypatch):
+    """512 sequences are 64 for each of 8; what is left over is for the first ones."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(memory, "device_bytes", lambda device: (60e9, 60e9))
+    monkeypatch.setattr(memory, "may_be_half", lambda device: True)
+    shape = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
+    config = TrainConfig(batch_size=512)
+    with pytest.raises(ConfigError, match="GB needed"):
+        memory.check(config, shape, cuda)
+    eight = World(3, 8, "ddp", cuda)
+    memory.check(config, shape, cuda, eight)
+    with pytest.raises(ConfigError) as refused:
+        memory.check(config.replace(batch_size=2048), shape, cuda, eight)
+    size, steps = advice(str(refused.value))
+    assert size < 2048 // 8 and size * steps == 2048
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_out_of_memory_on_many_gpus_halves_what_one_of_them_holds(parallel, monkeypatch):
+    """batch_size 128, of 256 by 8 ranks, would be the same 32 sequences for each of them."""
+    fixed, cuda = 100 * 10**9, torch.device("cuda")
+    total = fixed / (8 if parallel == "fsdp" else 1) + 10**9
+    monkeypatch.setattr(memory, "need", lambda *_: Need(fixed, 10**6, 10**9))
+    monkeypatch.setattr(memory, "device_bytes", lambda device: (0, total))
+    world, error = World(0, 8, parallel, cuda), torch.OutOfMemoryError("CUDA out of memory.")
+    arguments = TrainConfig(batch_size=256), GPTConfig(), cuda, torch.bfloat16, "train.py", world
+    with pytest.raises(RunError) as said, memory.advised(*arguments):
+        raise error
+    assert advice(str(said.value)) == [16, 16]
 
 
 def test_refused_means_config_error():
