@@ -47,18 +47,19 @@ def _layer_norm_forward_kernel(
     cols = tl.arange(0, BLOCK_C)
     mask_m, mask_c = rows < M, cols < C
     mask = mask_m[:, None] & mask_c[None, :]
+    cols64 = cols.to(tl.int64)
     offsets = rows[:, None] * C + cols[None, :]
     x = tl.load(
-        x_ptr + rows[:, None] * stride_xm + cols[None, :].to(tl.int64) * stride_xc, mask, other=0.0
+        x_ptr + rows[:, None] * stride_xm + cols64[None, :] * stride_xc, mask, other=0.0
     ).to(tl.float32)
     if residual_ptr is not None:
         residual = tl.load(
-            residual_ptr + rows[:, None] * stride_rm + cols[None, :].to(tl.int64) * stride_rc,
+            residual_ptr + rows[:, None] * stride_rm + cols64[None, :] * stride_rc,
             mask,
             other=0.0,
         ).to(tl.float32)
         if x_bias_ptr is not None:
-            x += tl.load(x_bias_ptr + cols * stride_xb, mask_c, other=0.0).to(tl.float32)[None, :]
+            x += tl.load(x_bias_ptr + cols64 * stride_xb, mask_c, other=0.0).to(tl.float32)[None, :]
         if key_ptr is not None:
             seed, step, first = rng.load_key(key_ptr, HAS_FIRST)
             row = first * rows_per_sequence.to(tl.uint32) + rows.to(tl.uint32)
@@ -72,10 +73,10 @@ def _layer_norm_forward_kernel(
     rstd = tl.rsqrt(tl.sum(centered * centered, 1) / C + eps)
     tl.store(mean_ptr + rows, mean, mask_m)
     tl.store(rstd_ptr + rows, rstd, mask_m)
-    weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols64 * stride_w, mask_c, other=0.0).to(tl.float32)
     y = centered * rstd[:, None] * weight[None, :]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols * stride_b, mask_c, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + cols64 * stride_b, mask_c, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -116,8 +117,9 @@ def _layer_norm_backward_kernel(
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_C)
     mask_c = cols < C
-    cols64 = cols[None, :].to(tl.int64)
-    weight = tl.load(weight_ptr + cols * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
+    cols64 = cols.to(tl.int64)
+    weight = tl.load(weight_ptr + cols64 * stride_w, mask_c, other=0.0).to(tl.float32)[None, :]
+    cols64 = cols64[None, :]
     dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     dx_bias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)

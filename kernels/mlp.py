@@ -151,7 +151,7 @@ def _linear_act_kernel(
             x, w = x.to(tl.float32), w.to(tl.float32)
         accumulator = tl.dot(x, w, accumulator, input_precision=PRECISION)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols * stride_b, mask_n, other=0.0)
+        bias = tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask_n, other=0.0)
         accumulator += bias.to(tl.float32)[None, :]
     offsets = rows[:, None] * N + cols[None, :]
     mask = mask_m[:, None] & mask_n[None, :]

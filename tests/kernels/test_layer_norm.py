@@ -362,6 +362,25 @@ def test_offsets_past_32_bits(device, far_apart, wide, monkeypatch):
     assert all(map(torch.equal, results(*far), results(*near)))
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_vectors_whose_elements_lie_past_32_bits(device, far_apart, wide, monkeypatch):
+    if wide:
+        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=2, num_warps=4)
+        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+    count, place = far_apart
+    near = [torch.randn(count).to(device, torch.float16) for _ in range(3)]
+    far = [place(vector, number) for number, vector in enumerate(near)]
+    x, residual = (torch.randn(5, count).to(device, torch.float16) for _ in range(2))
+
+    def results(*vectors):
+        weight, bias, x_bias = (vector.detach().requires_grad_() for vector in vectors)
+        leaves = x.requires_grad_(), weight, bias, x_bias
+        y, r = dropout_add_layer_norm(x, residual, weight, bias, x_bias=x_bias, backend="triton")
+        return y, r, *torch.autograd.grad((y, r), leaves, (x.detach(), residual))
+
+    assert all(map(torch.equal, results(*far), results(*near)))
+
+
 def test_gradcheck_of_the_eager_version():
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 3, 5), (2, 3, 5), (5,), (5,))

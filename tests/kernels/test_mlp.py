@@ -131,6 +131,26 @@ def test_offsets_past_32_bits(device, choose, far_apart, axis):
     assert all(map(torch.equal, far, results(x, dy)))
 
 
+def test_a_bias_whose_elements_lie_past_32_bits(device, choose, far_apart):
+    (count, place), backend = far_apart, choose("triton")
+    x, weight, bias = (
+        torch.randn(n).to(device, torch.float16) for n in ((5, 24), (count, 24), count)
+    )
+    far = linear_act(x, weight, place(bias, 0), activation="relu2", backend=backend)
+    assert torch.equal(far, linear_act(x, weight, bias, activation="relu2", backend=backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_no_number_stays_none_through_the_library(activation, dtype):
+    """A GPU's maximum of 0 and NaN is 0; whether cuBLASLt's ReLU is that one is not documented."""
+    x, weight, bias = (torch.randn(n).to("cuda", dtype) for n in ((64, 64), (64, 64), 64))
+    bias[3] = float("nan")
+    y = linear_act(x, weight, bias, activation=activation)
+    assert y[:, 3].isnan().all() and y.isnan().sum() == 64
+
+
 SHAPES = {"M1-K1-N1": ((1, 1), 1), "M33-K16-N17": ((33, 16), 17), "B2-T2-K5-N300": ((2, 2, 5), 300)}
 
 
