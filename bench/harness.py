@@ -20,7 +20,16 @@ from typing import Any
 
 import torch
 
-from bench.timing import BrokenCall, Call, Stopwatch, measure, paired_ratio, replayed, summarise
+from bench.timing import (
+    ROW,
+    BrokenCall,
+    Call,
+    Stopwatch,
+    measure,
+    paired_ratio,
+    replayed,
+    summarise,
+)
 from kernels.checks import Comparison, Measured, compare_all, hold_rule
 
 OURS = "gptcore"
@@ -256,6 +265,7 @@ def run_case(
         "results": list(results.values()),
     }
     how = {"max_rounds": 8 if options.quick else 50, "flush": case.flush}
+    how["row"] = 0.0 if case.flush else ROW
     samples = None
     while calls and samples is None:
         try:

@@ -17,7 +17,7 @@ import torch
 from bench import render, step
 from bench.harness import Case, Options, run_cases
 from bench.ops import sweep_points
-from bench.timing import measure, paired_ratio, summarise
+from bench.timing import ROW, measure, paired_ratio, summarise
 
 AXES = {"B": "batch_size", "T": "block_size", "C": "n_embd", "L": "n_layer"}
 
@@ -76,7 +76,7 @@ def threads(options: Options, stopwatch) -> dict[str, Any]:
         calls = {str(count): with_threads(count) for count in counts}
         for warm_up in calls.values():
             warm_up()
-        samples = measure(calls, stopwatch, seconds=options.seconds / 10, flush=False)
+        samples = measure(calls, stopwatch, seconds=options.seconds / 10, flush=False, row=ROW)
         torch.set_num_threads(most)
         columns.append([render.quantity(summarise(ms).median) for ms in samples.ms.values()])
         one = samples.ms[str(counts[0])]

@@ -6,9 +6,11 @@ Method
     alike. A ratio is the median of the ratios within rounds, not the ratio of two medians.
     On CUDA a sample lies between two events, the L2 overwritten before it; an op is captured in a
     CUDA graph, events and all, and replayed, because Python may take longer to issue small kernels
-    than they take to run. Steps of whole models run as they are. On the CPU the caches are
-    overwritten before each sample, unless the fastest contestant takes less than SHORT seconds:
-    then every sample is many calls in a row on warm caches, because a clock cannot see one.
+    than they take to run. On the CPU the caches are overwritten before each sample, unless the
+    fastest contestant takes less than SHORT seconds: then every sample is many calls in a row on
+    warm caches, because a clock cannot see one. Steps of whole models run as they are, as many in a
+    row as last ROW seconds: the first one after another contestant's takes up to twice its time,
+    and nobody trains that way.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from kernels.timing import Replayed, raise_clocks
 
 SHORT = 2e-4  # seconds; below it a CPU sample holds several calls
 SAMPLE = 1e-3  # seconds such a sample lasts at least
+ROW = 0.1  # seconds that a sample of steps lasts at least
 MIN_ROUNDS = 5
 FEW_ROUNDS = 3  # where MIN_ROUNDS would take over twice the time that is left
 
@@ -70,7 +73,7 @@ class Stopwatch:
     def sample(self, call: Call, calls: int = 1, cold: bool = True) -> float:
         """Milliseconds per call over `calls` calls in a row."""
         if isinstance(call, SelfTimed):
-            return call()
+            return call(calls)
         if cold:
             self.flush()
         if isinstance(call, Replayed):
@@ -124,13 +127,13 @@ class BrokenCall(Exception):
 
 
 class SelfTimed:
-    """A call that does its own timing, in a process of its own, and returns milliseconds."""
+    """A call that does its own timing, in a process of its own: calls in a row -> ms of each."""
 
-    def __init__(self, call: Callable[[], float]):
+    def __init__(self, call: Callable[[int], float]):
         self._call = call
 
-    def __call__(self) -> float:
-        return self._call()
+    def __call__(self, calls: int = 1) -> float:
+        return self._call(calls)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def measure(
     seconds: float,
     max_rounds: int = 50,
     flush: bool = True,
+    row: float = 0.0,
 ) -> Samples:
     """Time contestants in turns.
 
@@ -157,6 +161,7 @@ def measure(
         seconds: how long to go on, but never less than MIN_ROUNDS rounds (FEW_ROUNDS of calls
             that take very long).
         flush: False where the work itself passes the caches many times over.
+        row: seconds that the calls of one sample last at least; ROW for steps of whole models.
     Raises: BrokenCall.
     """
     once = {}
@@ -165,7 +170,9 @@ def measure(
             once[name] = min(stopwatch.once(call) for _ in range(2))
     calls, cold = 1, flush
     fastest = min(once.values())
-    if stopwatch.device.type == "cpu" and fastest < SHORT:
+    if row:
+        calls = math.ceil(row / max(fastest, 1e-7))
+    elif stopwatch.device.type == "cpu" and fastest < SHORT:
         calls, cold = max(1, math.ceil(SAMPLE / max(fastest, 1e-7))), False
     round_seconds = sum(once.values()) * calls
     if cold:

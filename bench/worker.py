@@ -2,7 +2,7 @@
 
 gptcore's trainer has malloc keep freed memory (`gptcore.machine.keep_freed_memory`), for the whole
 process; a peer beside it would profit. The parent sends what to train as one line of JSON, then a
-line for every step it wants timed; the worker answers each with milliseconds. Between steps it
+line, how many steps it wants timed; the worker answers with milliseconds a step. In between it
 sleeps on its input.
 """
 
@@ -31,7 +31,7 @@ def is_allocator_variable(name: str) -> bool:
 
 
 class Worker:
-    """Parent's side: `begin` has the worker build a peer, `step_ms` run one step of it."""
+    """Parent's side: `begin` has the worker build a peer, `step_ms` run steps of it."""
 
     def __init__(self):
         environment = {
@@ -70,10 +70,10 @@ class Worker:
             raise RuntimeError(f"worker: must answer; it ended with {self._process.wait()}")
         return float(answer)
 
-    def step_ms(self) -> float:
-        """Milliseconds of one more step, begun and left with no thread of OpenMP still spinning."""
+    def step_ms(self, steps: int = 1) -> float:
+        """Milliseconds of each of more steps, begun and left with no thread of OpenMP spinning."""
         time.sleep(SETTLE)
-        ms = self._ask("step")
+        ms = self._ask(steps)
         time.sleep(SETTLE)
         return ms
 
@@ -109,12 +109,16 @@ def main() -> None:
     step = None
     for line in sys.stdin:
         message = json.loads(line)
-        if message != "step":
+        steps = 1
+        if isinstance(message, int):
+            steps = message
+        else:
             step = None  # first let go of what it holds
             step = _begin(message)
         start = time.perf_counter()
-        step()
-        print((time.perf_counter() - start) * 1e3, flush=True)
+        for _ in range(steps):
+            step()
+        print((time.perf_counter() - start) * 1e3 / steps, flush=True)
 
 
 def _begin(task: dict[str, Any]) -> Callable[[], None]:

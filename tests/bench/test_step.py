@@ -209,7 +209,7 @@ def test_on_a_cpu_nanogpt_is_timed_as_written_and_by_autocast(tmp_path, monkeypa
 
     def worker_of(name):
         begin = lambda peer, config, train, twin: begun.update({name: twin.dtype})  # noqa: E731
-        return types.SimpleNamespace(begin=begin, step_ms=lambda: 1.0)
+        return types.SimpleNamespace(begin=begin, step_ms=lambda steps: 1.0)
 
     monkeypatch.setattr(step, "worker_of", worker_of)
     given = {"dtype": torch.bfloat16, "nanogpt": tmp_path}
@@ -255,7 +255,7 @@ def worker():
 def test_a_worker_answers_with_milliseconds_and_ends(worker):
     for config in (TINY, TINY.replace(n_layer=2)):
         worker.begin("naive", config, TrainConfig(batch_size=2), OPTIONS)
-        assert worker.step_ms() > 0 and worker.step_ms() > 0
+        assert worker.step_ms() > 0 and worker.step_ms(3) > 0
     worker.close()
     assert worker._process.returncode == 0
 

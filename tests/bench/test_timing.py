@@ -236,8 +236,26 @@ def test_clocks_are_raised_by_what_is_timed_right_before_it(monkeypatch):
 
 def test_a_call_in_a_process_of_its_own_brings_its_own_time():
     machine = Machine()
-    call = SelfTimed(lambda: 42.0)
-    assert stopwatch(machine).sample(call) == 42.0
+    call = SelfTimed(lambda calls: 42.0 + calls)
+    assert stopwatch(machine).sample(call, calls=3) == 45.0
+
+
+def test_steps_are_timed_in_a_row_because_the_first_pays_for_the_change():
+    machine = Machine()
+
+    def after_another(name, units):
+        def call():
+            changed = machine.log[-1:] != [name]
+            machine.log.append(name)
+            machine.now += units * (2 if changed else 1)
+
+        return call
+
+    calls = {"op": after_another("op", 0.004), "other": after_another("other", 0.008)}
+    samples = measure(calls, stopwatch(machine), seconds=0.0, flush=False, row=0.1)
+    assert samples.calls == 25 and not samples.cold
+    assert paired_ratio(samples.ms["other"], samples.ms["op"]).median == pytest.approx(2, rel=0.05)
+    assert summarise(samples.ms["op"]).median == pytest.approx(4, rel=0.05)
 
 
 def test_quartiles():
