@@ -209,13 +209,38 @@ def test_sample_answers_a_question(adder, capsys):
     assert "was not trained on arithmetic" in capsys.readouterr().err
 
 
-def test_answers_have_no_padding_of_the_vocabulary():
+def test_answers_are_the_likeliest_without_padding_of_the_vocabulary():
     task = Arithmetic("+", 1)
+    V = task.tokenizer.vocab_size
     config = GPTConfig(vocab_size=64, block_size=task.width - 1, n_layer=1, n_head=1, n_embd=8)
     model = GPT(config).eval()
-    torch.nn.init.constant_(model.lm_head.bias, 99.0)
-    torch.nn.init.zeros_(model.lm_head.bias[: task.tokenizer.vocab_size])
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.fill_(99.0)
+        model.lm_head.bias[:V] = torch.linspace(0, 1, V)
     assert task.answer(model, "3+4").startswith("3+4=")
+    idx, _ = task.batch(make_key(0, 0), 20, task.width - 1)
+    answers = task.solve(model, idx[:, : task.question])[:, task.question :]
+    assert (answers == V - 1).all()
+
+
+def test_wrong_answers_are_shown_with_the_right_ones():
+    """Of a model that adds 1 too many where a is odd."""
+    task = Arithmetic("+", 2)
+
+    def solve(model, questions, cuda_graph):
+        for question in map(task.tokenizer.decode, questions.tolist()):
+            a, b = map(int, question[:-1].split("+"))
+            answer = f"{a + b + a % 2:03d}"[::-1]
+            yield task.tokenizer.encode(f"{question}{answer}\n")
+
+    task.solve = solve
+    sums = [line.split(", wrong: ") for line in task.answers(None)]
+    assert {len(shown) for shown in sums} == {1, 2}
+    for shown in sums:
+        a, b = map(int, shown[-1].split("=")[0].split("+"))
+        wrong = [f"{a}+{b}={a + b + 1}"] * (a % 2)
+        assert shown == [*wrong, f"{a}+{b}={a + b}"]
 
 
 def test_a_task_resumes_bit_for_bit(adder, tmp_path):
@@ -258,7 +283,12 @@ def test_bad_tasks(flags, message, tmp_path):
 def test_a_file_called_add_is_a_file():
     assert task_of(TrainConfig(data="./add")) is None
     assert task_of(TrainConfig(data="add")).operations == "+"
-    assert task_of(TrainConfig(data="arithmetic", operations="*+")).operations == "+*"
+
+
+def test_a_task_is_what_the_settings_say():
+    given = {"operations": "*+", "digits": 3, "worked_steps": True}
+    task = task_of(TrainConfig(data="arithmetic", **given))
+    assert (task.operations, task.digits, task.worked_steps) == ("+*", 3, True)
 
 
 @pytest.mark.slow
