@@ -243,6 +243,9 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """Most memory held so far: of the GPU's allocator, or of this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    held = _lines(Path("/proc/self/status")).get("VmHWM:")
+    if held is not None:  # on Linux, where getrusage begins with the peak of the parent process
+        return 1024 * held
     try:
         import resource
     except ImportError:  # Windows

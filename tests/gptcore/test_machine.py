@@ -3,11 +3,13 @@
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import time
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +171,17 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
     assert chosen == [torch.device("cuda:1")]
     with pytest.raises(ConfigError, match="sees 2 GPUs"):
         machine.pick_device("cuda:2")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_peak_of_a_process_is_not_that_of_its_parent(monkeypatch):
+    """With which getrusage begins: it counts only where the kernel says no more."""
+    usage, cpu = types.SimpleNamespace(ru_maxrss=7 << 30), torch.device("cpu")
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    held = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert machine.peak_memory_bytes(cpu) == pytest.approx(1024 * int(held[1]), rel=0.01)
+    monkeypatch.setattr(machine, "_lines", lambda path: {})
+    assert machine.peak_memory_bytes(cpu) == 7 << 40
 
 
 def read_from(monkeypatch, seconds):
