@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -313,7 +312,7 @@ def test_foreign_saved_configurations_are_refused(content):
         read_saved(content, "here")
 
 
-def test_help_is_instant_and_imports_no_torch():
+def test_help_imports_no_torch():
     for command in (["train.py", "--help"], ["-m", "gptcore", "--help"], ["train.py", "--typo"]):
         code = (
             "import sys, runpy; sys.argv = sys.argv[1:]\n"
@@ -324,11 +323,9 @@ def test_help_is_instant_and_imports_no_torch():
             "    sys.argv = sys.argv[1:]; runpy.run_module('gptcore', run_name='__main__')\n"
             "else:\n    runpy.run_path(name, run_name='__main__')\n"
         )
-        start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True
         )
-        assert time.perf_counter() - start < 10  # torch alone takes seconds on a busy machine
         assert done.stdout.splitlines()[-1] == "False"
         assert done.returncode == (2 if "--typo" in command else 0)
         assert "Traceback" not in done.stderr
