@@ -3,7 +3,12 @@
 import dataclasses
 import functools
 import math
+import os
+import shutil
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ import torch
 from bench import harness, render
 from bench import record as recording
 from bench import run as asking
+from bench.__main__ import main
 from bench.harness import (
     OURS,
     Budget,
@@ -174,13 +180,19 @@ def test_ops_are_replayed_on_a_gpu_and_steps_are_not(flush, monkeypatch):
     assert ["ratio" in r for r in record["results"]] == [True, not flush]  # unlike is not compared
 
 
-def test_a_record_says_rate_limit_and_ratio():
+def test_a_record_says_rate_limit_and_ratio(monkeypatch):
+    """A peer that takes twice as long as our 3 ms, its quartiles a third away."""
+    ms = {OURS: [3.0] * 5, "peer": [2.0, 4.0, 6.0, 8.0, 10.0]}
+    monkeypatch.setattr(harness, "measure", lambda *_, **__: Samples(ms, 1, True))
     record, results = run(a_case(contestant(OURS), contestant("peer")))
     assert record["limit_ms"] == pytest.approx(0.1) and record["bound"] == "memory"
-    ours = results[OURS]
-    assert ours["rate"] == pytest.approx(1e6 / 1e9 / (ours["median_ms"] / 1e3))
-    assert ours["percent_of_limit"] == pytest.approx(100 * 0.1 / ours["median_ms"])
-    assert ours["ratio"] == 1.0 and len(ours["samples_ms"]) == len(results["peer"]["samples_ms"])
+    ours, peer = results[OURS], results["peer"]
+    assert ours["rate"] == pytest.approx(1 / 3)
+    assert ours["percent_of_limit"] == pytest.approx(100 / 30)
+    assert ours["ratio"] == 1.0 and peer["samples_ms"] == ms["peer"]
+    assert [peer[name] for name in ("q25_ms", "median_ms", "q75_ms")] == [4, 6, 8]
+    ratios = [peer[name] for name in ("ratio_q25", "ratio", "ratio_q75")]
+    assert ratios == pytest.approx([4 / 3, 2, 8 / 3])
 
 
 def test_the_limit_is_the_slower_of_memory_and_compute():
@@ -202,6 +214,42 @@ def test_a_question_is_held_against_the_faster_of_two_measurements(monkeypatch):
         (result,) = record["results"]
         assert record["limit_ms"] == pytest.approx(0.05)
         assert result["percent_of_limit"] == pytest.approx(5 / result["median_ms"])
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_run_shares_its_seconds_and_keeps_what_it_found(passed, monkeypatch, tmp_path, capsys):
+    """Of 950 seconds by weights of 70 and 25; what of ours fails, fails the run."""
+    record, _ = run(a_case(contestant(OURS), sweeps=("T",)))
+    broken = record | {"results": [{"name": OURS, "status": "failed", "reason": "9x plain"}]}
+    now, shares = [0.0], {}
+
+    def question(name, found):
+        def answer(options, *_):
+            shares[name] = options.seconds
+            now[0] += options.seconds
+            return {"cases": [{**found, "case": f"T{T}", "shape": {"T": T}} for T in (8, 16)]}
+
+        module = types.ModuleType(name, "How fast?")
+        module.answer = answer
+        monkeypatch.setitem(sys.modules, f"bench.{name}", module)
+
+    question("attention", record)
+    question("mlp", record if passed else broken)
+    monkeypatch.setattr(asking, "Budget", functools.partial(Budget, clock=lambda: now[0]))
+    monkeypatch.setattr(asking, "ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(render, "save", lambda drawing, path: path)
+    path = tmp_path / "new" / "x.json"
+    argv = ["attention", "mlp", "--seconds=950", "--device=cpu", f"--json={path}", "--plot=p"]
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == (0 if passed else 1)
+    assert shares == pytest.approx({"attention": 700, "mlp": 250})
+    questions = recording.read(path)["questions"]
+    asked = {name: [case["case"] for case in questions[name]["cases"]] for name in questions}
+    assert asked == dict.fromkeys(("attention", "mlp"), ["T8", "T16"])
+    said = capsys.readouterr().out.splitlines()
+    for name in ("attention-T", "mlp-T", "roofline"):
+        assert f"wrote {Path('p', name)}.png" in said
+    assert said.count("FAILED mlp: T16: 9x plain") == (not passed)
 
 
 def test_cases_left_out_for_time_are_named():
@@ -366,6 +414,13 @@ def test_a_breach_on_one_draw_is_held_over_more_of_them():
     assert len(drawn) == 16
 
 
+@pytest.mark.parametrize(("times", "passed"), [(7, True), (9, False)])
+def test_a_peer_may_be_off_by_eight_times_plain_pytorch(times, passed):
+    exact = {"o0": torch.ones(20, dtype=torch.float64)}
+    plain, peer = ({"o0": torch.ones(20) + k * 1e-4} for k in (1, times))
+    assert check_tensors(peer, plain, exact, ours=False).passed == passed
+
+
 def test_a_peer_with_its_own_weights_is_compared_where_names_agree():
     exact = {"o0": torch.ones(20, dtype=torch.float64), "dw": torch.ones(3, dtype=torch.float64)}
     plain = {name: tensor.float() for name, tensor in exact.items()}
@@ -401,7 +456,8 @@ def test_a_record_survives_writing_and_reading(tmp_path):
     recording.write(record, path)
     again = recording.read(path)
     assert again["command"] == "python -m bench step --quick"
-    assert {"device", "versions", "cpu", "threads"} <= set(again["environment"])
+    assert {"device", "versions", "cpu"} <= set(again["environment"])
+    assert again["environment"]["threads"] == torch.get_num_threads()
     assert {"revision", "dirty"} == set(again["git"]) and again["date"].endswith("+00:00")
     samples = again["questions"]["step"]["cases"][0]["results"][0]["samples_ms"]
     wanted = case["results"][0]["samples_ms"]
@@ -411,6 +467,29 @@ def test_a_record_survives_writing_and_reading(tmp_path):
     recording.write(again, path)  # numbers are rounded once, not again
     assert recording.read(path) == again
     assert not list(path.parent.glob("*.partial"))
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_revision_is_the_last_commit_and_dirty_if_code_differs_from_it(monkeypatch, tmp_path):
+    def git(*words):
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setattr(recording, "ROOT", tmp_path)
+    assert recording.revision() == {"revision": None, "dirty": None}
+    git("init")
+    code, result = tmp_path / "code.py", tmp_path / "bench" / "results" / "cpu.json"
+    result.parent.mkdir(parents=True)
+    for text in ("first", "second"):
+        code.write_text(text)
+        result.write_text(text)
+        git("add", ".")
+        git("commit", "-m", text)
+    last = git("log", "-1", "--format=%H")
+    for path, dirty in ((tmp_path / "notes", False), (result, False), (code, True)):
+        path.write_text("third")
+        assert recording.revision() == {"revision": last, "dirty": dirty}
 
 
 @pytest.mark.parametrize("said", ["570.86.10\n570.86.10\n", "", None])
