@@ -237,6 +237,16 @@ def test_peak_memory_is_what_was_held_at_once():
     assert 8000 <= memory.peak_bytes(call, CPU) <= 8200
 
 
+def test_peak_memory_of_a_gpu_is_what_its_allocator_held_beyond_what_it_held_before(monkeypatch):
+    held = {"now": 1000, "peak": 9000}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: held["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: held.update(peak=1000))
+    call = lambda: held.update(now=1200, peak=max(1500, held["peak"]))  # noqa: E731
+    assert memory.peak_bytes(call, torch.device("cuda")) == 500
+
+
 @pytest.mark.parametrize(("device", "held"), [("cpu", 100), ("cuda", 900)])
 def test_memory_is_that_of_an_update_like_those_that_are_timed(device, held, monkeypatch):
     """The optimizer's state comes first; the fourth, on CUDA captured, asks for all that counts."""
@@ -283,6 +293,16 @@ def test_greedy_tokens_are_checked_against_float64():
     assert check_tokens(tokens, source, torch.float32).passed
     tokens[1, PROMPT + 3] = (tokens[1, PROMPT + 3] + 1) % TINY.vocab_size
     assert not check_tokens(tokens, source, torch.float32).passed
+
+
+@pytest.mark.parametrize(("short", "passed"), [(0.03, True), (0.05, False)])
+def test_a_token_may_fall_short_by_four_times_the_rounding(short, passed, monkeypatch):
+    from bench.generate import PROMPT, check_tokens
+
+    exact = torch.tensor([0, 1, 1 - short], dtype=torch.float64).expand(1, PROMPT + 1, 3)
+    monkeypatch.setattr(models, "reference_logits", lambda *_: (exact + 0.01, exact))
+    tokens = torch.full((1, PROMPT + 2), 2)
+    assert check_tokens(tokens, None, torch.float32).passed == passed
 
 
 def test_memory_of_peers_that_time_themselves_is_measured_here(monkeypatch):

@@ -11,6 +11,7 @@ from bench import ablation, time_to_loss
 from bench.ablation import BATCHES, RATES, STEPS, VARIANTS, WHOLE, table, variants
 from bench.harness import OURS, Options, Skip
 from bench.run import broken
+from bench.time_to_loss import NANOGPT_COMMANDS
 from gptcore.config import ConfigError, GPTConfig, RunError
 from gptcore.flags import parse_settings
 
@@ -91,6 +92,17 @@ def test_on_a_gpu_caches_are_filled_by_a_step_that_does_not_count(device, monkey
         first = [(OURS, 1337, "--max_iters", "1"), ("nanogpt", 1337, "--max_iters=1")]
         counted = [first[0], counted[0], first[1], *counted[1:]]
     assert asked == counted
+
+
+def test_nanogpt_s_recipe_is_its_readmes_and_targets_are_those_on_record():
+    readme = (
+        "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+        "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+        "--lr_decay_iters=2000 --dropout=0.0"
+    )
+    assert {*readme.replace("interval=1", "interval=100").split()} == {*NANOGPT_COMMANDS["cpu"]}
+    gpu = dataclasses.replace(OPTIONS, device=torch.device("cuda"))
+    assert [time_to_loss.target_of(o) for o in (OPTIONS, gpu)] == [1.8857, 1.4804]
 
 
 def test_a_run_out_of_time_has_not_reached_the_target(trainer):

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from bench import timing
+from bench import selfcheck, timing
 from bench.selfcheck import agree, repeated, slowed, two_runs
 from bench.timing import (
     FEW_ROUNDS,
@@ -141,6 +141,23 @@ def test_the_two_runs_of_the_selfcheck_alternate():
 )
 def test_selfcheck_tells_right_from_wrong_from_noisy(ratio, verdict):
     assert slowed(ratio, 2) == verdict
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_selfcheck_passes_only_if_what_is_slower_is_reported_so(right, monkeypatch, capsys):
+    machine = Machine()
+    monkeypatch.setattr(selfcheck, "BLOCKS", 1)
+    monkeypatch.setattr(selfcheck, "ops", lambda device: {"op": machine.work("op", 0.01)})
+    if not right:
+        monkeypatch.setattr(selfcheck, "repeated", lambda call, times: call)
+    record = selfcheck.selfcheck(stopwatch(machine), seconds=0.0)
+    found = {f["what"]: (f["expected"], f["ratio"], f["verdict"]) for f in record["findings"]}
+    assert record["passed"] is right and found == {
+        "op, 2 times": (2, pytest.approx(2 if right else 1), "good" if right else "WRONG"),
+        "op, 5 times": (5, pytest.approx(5 if right else 1), "good" if right else "WRONG"),
+        "op, its twin": (1, pytest.approx(1), "good"),
+        "op, another run": (1, pytest.approx(1), "good"),
+    }
 
 
 def test_contestants_take_turns_and_the_order_turns_too():
