@@ -222,7 +222,10 @@ def test_eval_repeats_the_exact_loss(trained_run, tmp_path, capsys):
 
     assert main(["eval", str(trained_run), "--checkpoint=last", "--device=cpu"]) == 0
     end = read_metrics(trained_run / "metrics.jsonl")[-1]
-    assert f"loss {end['val_loss']:.4f}, " in capsys.readouterr().out
+    assert (
+        f"loss {end['val_loss']:.4f}, {end['val_bits_per_character']:.3f} bits per character, "
+        f"accuracy {end['val_accuracy']:.1%}, 599 targets\n"
+    ) in capsys.readouterr().out
     other = tmp_path / "other.txt"
     for count in (20, 1):  # the second is shorter than a block of 8 and its targets
         other.write_text("the king" * count)

@@ -48,8 +48,15 @@ def profiled(tiny_flags, tmp_path, monkeypatch):
     return run
 
 
-def test_a_profile_accounts_for_all_of_a_step(profiled, capsys):
+def test_a_profile_accounts_for_all_of_a_step(profiled, monkeypatch, capsys):
+    traced = []
+    monkeypatch.setattr(
+        profiling, "of_cpu", lambda events: traced.append(of_cpu(events)) or traced[0]
+    )
     profile, folder = profiled()
+    assert sum(traced[0].values()) < 12 * profile.traced_s
+    of_twelve = {kind: 12 * profile.seconds[kind] for kind in KINDS if kind != GAPS}
+    assert of_twelve == pytest.approx({kind: traced[0][kind] for kind in of_twelve})
     assert sum(profile.seconds.values()) == pytest.approx(profile.traced_s, rel=1e-6)
     assert all(profile.seconds[kind] > 0 for kind in KINDS)
     assert profile.seconds[DATA] < 0.2 * profile.traced_s

@@ -174,6 +174,7 @@ def test_exact_match_counts_whole_answers():
     result = evaluate(Calculator(task, wrong=range(25)), task.validation(100, 9))
     assert result.exact_match == pytest.approx(0.75)  # ten held-out problems for every a
     assert result.accuracy == pytest.approx(1 - 0.25 / 4)
+    assert task.scores(result) == {"val_exact_match": result.exact_match}
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +191,11 @@ def test_a_task_is_learned(adder, capsys, monkeypatch):
     assert 0 <= records[-1]["val_exact_match"] <= 1
     losses = [record["train_loss"] for record in records[:-1]]
     assert losses[-1] < 0.7 * losses[0]
-    assert main(["eval", str(adder)]) == 0
-    assert "% solved, 10 problems" in capsys.readouterr().out
+    assert main(["eval", str(adder), "--checkpoint=last"]) == 0
+    accuracy, solved = records[-1]["val_accuracy"], records[-1]["val_exact_match"]
+    assert accuracy != solved
+    said = f"accuracy {accuracy:.1%}, {solved:.2%} solved, 10 problems\n"
+    assert said in capsys.readouterr().out
     monkeypatch.setattr(tasks, "VALIDATION_PROBLEMS", 7)
     assert main(["eval", str(adder)]) == 0
     assert "% solved, 7 of 10 problems" in capsys.readouterr().out

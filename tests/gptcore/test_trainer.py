@@ -184,6 +184,35 @@ def test_the_log_says_what_the_clock_says(prepared, tmp_path, monkeypatch):
     assert log.bits_per_character(one_bit) == pytest.approx(4 / 3, rel=1e-2)
 
 
+def test_a_run_says_what_its_evaluations_found(prepared, monkeypatch, capsys):
+    """The best of them before the last; and the learning rate of each step, 0.001 more a step."""
+    run = prepared("--schedule=constant", "--learning_rate=0.024", "--warmup_iters=23")
+    losses = {0: (4.1, 4.2), 4: (3.1, 3.2), 8: (2.1, 2.2), 12: (1.9, 2.3)}
+    monkeypatch.setattr(
+        trainer,
+        "evaluate_splits",
+        lambda run: [Evaluation(x, x / 10, 0.0, targets=599, rows=75) for x in losses[run.step]],
+    )
+    trainer._train(run)
+    *records, end = read_metrics(run.folder / "metrics.jsonl")
+    found = {
+        record["step"]: [record[name] for name in ("train_loss", "val_loss", "val_accuracy")]
+        for record in records
+        if record["kind"] == "eval"
+    }
+    assert found == {step: [train, val, val / 10] for step, (train, val) in losses.items()}
+    rates = {record["step"]: record["lr"] for record in records if record["kind"] == "train"}
+    assert rates == pytest.approx({step: 0.001 * step for step in range(2, 13, 2)})
+    assert run.optimizer.param_groups[0]["lr"] == rates[12]
+    assert (end["val_loss"], end["best_val_loss"], end["best_step"]) == (2.3, 2.2, 8)
+    out = capsys.readouterr().out
+    assert "5,400 training and 600 validation tokens" in out
+    said = "val loss 2.2000 (3.174 bits per character), accuracy 22.0%"
+    assert f"step 8: train loss 2.1000, {said}" in out
+    said = "2.3000 over 599 targets (3.318 bits per character, accuracy 23.0%)"
+    assert f"exact validation loss {said} after 12 steps" in out
+
+
 def test_best_is_the_best_and_last_the_last(trained_run):
     evaluations = [r for r in read_metrics(trained_run / "metrics.jsonl") if r["kind"] == "eval"]
     best = min(evaluations, key=lambda record: record["val_loss"])
@@ -441,7 +470,7 @@ def test_a_plot_holds_no_more_points_for_a_longer_run(tmp_path, monkeypatch):
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(logs, "PLOTTED", 10)
     monkeypatch.setattr(
-        Axes, "plot", lambda self, x, y, **how: drawn.append(list(x)) or plot(self, x, y, **how)
+        Axes, "plot", lambda *to, **how: drawn.append((how["label"], *to[1:])) or plot(*to, **how)
     )
     for count in (9, 10, 35, 101):
         records = [
@@ -449,7 +478,9 @@ def test_a_plot_holds_no_more_points_for_a_longer_run(tmp_path, monkeypatch):
         ]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         logs.plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-        steps = drawn[-1]
+        losses = {label: {*y} for label, _, y in drawn[-2:]}
+        assert losses == {"training": {1}, "validation": {2}}
+        steps = list(drawn[-1][1])
         assert (steps[0], steps[-1]) == (0, count - 1) and steps == sorted(set(steps))
         assert len(steps) == count if count <= 10 else 9 <= len(steps) <= 11
 
