@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gptcore import model, trainer
+from gptcore import generation, model, trainer
 from gptcore.__main__ import main
 from gptcore.flags import run_command
 from kernels import backend
@@ -178,6 +178,20 @@ def test_sampling_is_reproducible(trained_run, capsys):
     assert text("--checkpoint=last", "--temperature=0", "--max_new_tokens=9") == text(
         "--checkpoint=last", "--top_k=1", "--max_new_tokens=9"
     )
+
+
+def test_sampling_is_as_asked(trained_run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        generation, "stream", lambda model, idx, **options: asked.append(options) or iter(())
+    )
+    given = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    given |= {"repetition_penalty": 1.2, "seed": 5}
+    for flags in ([], [f"--{name}={value}" for name, value in given.items()]):
+        assert main(["sample", str(trained_run), *flags]) == 0
+    default, told = asked
+    assert (default["max_new_tokens"], default["temperature"]) == (500, 0.8)
+    assert {name: told[name] for name in given} == given
 
 
 @pytest.mark.parametrize(
