@@ -8,11 +8,12 @@ from torch.nn.functional import cross_entropy
 
 from gptcore import evaluation
 from gptcore.config import GPTConfig
+from gptcore.data import Corpus
 from gptcore.evaluation import evaluate, evaluate_exactly
 
 
 def test_exact_evaluation_is_the_mean_over_all_windows(prepared):
-    run = prepared()
+    run = prepared("--eval_iters=3")
     run.model.eval()
     val, block = run.corpus.val.long(), run.model.config.block_size
     losses, right = [], 0
@@ -28,6 +29,8 @@ def test_exact_evaluation_is_the_mean_over_all_windows(prepared):
     assert result.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert result.accuracy == pytest.approx(right / len(losses), abs=1e-9)
     assert run.model.training  # as it was
+    training, validation = evaluation.evaluate_splits(run)
+    assert training.rows == 3 * run.config.batch_size and validation == result
 
 
 def test_ignored_targets_do_not_count(prepared):
@@ -56,6 +59,18 @@ def test_each_split_is_sampled_from_itself(prepared):
     evaluation.evaluate_splits(run)
     count = run.config.eval_iters
     assert seen == [[[0], [0]]] * count + [[[1], [1]]] * count
+
+
+def test_a_sampled_evaluation_draws_no_row_twice(prepared, monkeypatch):
+    run, rows, batch = prepared("--eval_mode=sampled"), [], Corpus.batch
+
+    def noted(corpus, key, size, *rest, **options):
+        rows.extend(range(key[2], key[2] + size))
+        return batch(corpus, key, size, *rest, **options)
+
+    monkeypatch.setattr(Corpus, "batch", noted)
+    evaluation.evaluate_splits(run)
+    assert len(set(rows)) == len(rows) == 2 * run.config.eval_iters * run.config.batch_size
 
 
 def test_sampled_evaluation_is_repeatable_and_near(prepared):
