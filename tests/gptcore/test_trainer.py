@@ -18,7 +18,7 @@ from gptcore import log as logs
 from gptcore.checkpoint import open_checkpoint
 from gptcore.config import ConfigError, RunError, TrainConfig
 from gptcore.data import BatchStream
-from gptcore.evaluation import Evaluation
+from gptcore.evaluation import Evaluation, evaluate_exactly
 from gptcore.flags import Settings
 from gptcore.generation import generate
 from gptcore.log import Log, read_metrics
@@ -222,6 +222,27 @@ def test_best_is_the_best_and_last_the_last(trained_run):
     assert last.best_val_loss == best["val_loss"]
 
 
+def test_checkpoints_have_an_interval_of_their_own(prepared, monkeypatch):
+    run, saved, save = prepared("--checkpoint_interval=3"), [], trainer.save
+    monkeypatch.setattr(
+        trainer, "save", lambda run, *names: saved.append(run.step) or save(run, *names)
+    )
+    trainer._train(run)
+    assert saved == [0, 3, 4, 6, 8, 9, 12]
+
+
+def test_the_last_loss_is_exact_also_where_the_others_are_sampled(prepared):
+    run = prepared("--eval_mode=sampled", "--max_iters=4")
+    trainer._train(run)
+    *_, sampled, end = read_metrics(run.folder / "metrics.jsonl")
+    assert end["val_loss"] == evaluate_exactly(run).loss != sampled["val_loss"]
+
+
+def test_so_much_is_held_out_as_asked(prepared):
+    sizes = prepared("--val_fraction=0.2").corpus.sizes
+    assert tuple(sizes.values()) == (4800, 1200)
+
+
 def test_the_same_seed_gives_the_same_run(train_main, tiny_flags, trained_run, tmp_path):
     assert train_main([*tiny_flags, f"--out_dir={tmp_path / 'a'}"]) == 0
     assert_same_weights(weights_of(trained_run), weights_of(tmp_path / "a"))
@@ -353,7 +374,8 @@ def test_losses_are_read_at_looks_and_nowhere_else(prepared, monkeypatch, left):
     run = prepared("--max_iters=48", "--eval_interval=24", "--log_interval=8", "--eval_iters=1")
     monkeypatch.setitem(logs.LEFT, "cpu", left)
     loss_read, norms_read = [], []
-    readers = ("item", "tolist", "numpy", "cpu", "__float__", "__bool__", "__format__", "__repr__")
+    readers = ("item", "tolist", "numpy", "cpu", "to")
+    readers += ("__float__", "__bool__", "__format__", "__repr__")
 
     class Counted(torch.Tensor):
         def __new__(cls, x, read):
@@ -387,18 +409,21 @@ def test_losses_are_read_at_looks_and_nowhere_else(prepared, monkeypatch, left):
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize("data", ["text", "add"])
-def test_samples_are_captured_only_if_updates_are(prepared, monkeypatch, capsys, data, cuda_graph):
+def test_samples_are_as_long_as_asked_and_captured_only_if_updates_are(
+    prepared, monkeypatch, capsys, data, cuda_graph
+):
     asked = []
 
     def noted(*arguments, **options):
-        asked.append(options["cuda_graph"])
+        asked.append((options["max_new_tokens"], options["cuda_graph"]))
         return generate(*arguments, **options)
 
     for module in (trainer, tasks):
         monkeypatch.setattr(module, "generate", noted)
     task = ["--data=add", "--digits=1"] if data == "add" else []
-    trainer.show_sample(prepared(f"--cuda_graph={str(cuda_graph).lower()}", *task))
-    assert asked == [cuda_graph] and "  | " in capsys.readouterr().out
+    flags = [f"--cuda_graph={str(cuda_graph).lower()}", "--sample_tokens=9", *task]
+    trainer.show_sample(prepared(*flags))
+    assert asked == [(3 if task else 9, cuda_graph)] and "  | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stopped", [False, True])
