@@ -233,7 +233,7 @@ def test_rollback_halves_the_learning_rate(
     """As if the run had been resumed by hand from its last checkpoint, with half the rate."""
     poisoned(lambda step, lr: step == 5 and lr == 5e-3)
     folder, other = tmp_path / "run", tmp_path / "other"
-    flags = [*tiny_flags, f"--dtype={dtype}"]
+    flags = [*tiny_flags, f"--dtype={dtype}", "--min_lr=1e-3"]
     assert train_main([*flags, f"--out_dir={folder}", "--on_nonfinite=rollback"]) == 0
     assert "back from step 6 to 4, learning rate now 0.0025" in capsys.readouterr().out
     (record,) = kinds(folder, "rollback")
@@ -251,7 +251,8 @@ def test_rollback_halves_the_learning_rate(
         a, b = ((run / "last" / name).read_bytes() for run in (folder, other))
         assert a == b
     saved = json.loads((folder / "last" / "config.json").read_text())
-    assert saved["train"]["learning_rate"] == 2.5e-3  # so that resuming keeps it
+    rates = saved["train"]["learning_rate"], saved["train"]["min_lr"]
+    assert rates == (2.5e-3, 5e-4)  # so that resuming keeps them
 
 
 def test_rollback_gives_up_in_the_end(train_main, tiny_flags, tmp_path, poisoned, capsys):

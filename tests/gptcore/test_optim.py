@@ -136,6 +136,13 @@ def test_momentum_is_left_alone_without_a_cycle():
     assert ours(config, 3) == [(config.learning_rate, 0.7)] * 3
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_betas_are_those_of_the_settings(optimizer):
+    config = TrainConfig(optimizer=optimizer, beta1=0.7, beta2=0.95)
+    groups = make_optimizer(MODEL, config).param_groups
+    assert {group["betas"] for group in groups} == {(0.7, 0.95)}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
