@@ -4,23 +4,34 @@ import json
 import sys
 import types
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 
-from gptcore import trackers
+from gptcore import trackers, trainer
 from gptcore.config import RunError
 from gptcore.flags import parse_settings
 from gptcore.log import read_metrics
 from gptcore.trainer import train
 
 
-def test_tensorboard_gets_what_metrics_get(tiny_flags, tmp_path):
+def test_tensorboard_gets_what_metrics_get(tiny_flags, tmp_path, monkeypatch):
+    """Also where a run broke after its last checkpoint, and went through some steps again."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
     flags = [*tiny_flags, f"--out_dir={folder}", "--log=tensorboard"]
-    train(parse_settings([*flags, "--max_iters=8"]))
+    step = trainer.training_step
+
+    def breaks(run):
+        if run.step == 10:
+            raise RunError("broke")
+        return step(run)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="broke"):
+        patch.setattr(trainer, "training_step", breaks)
+        train(parse_settings(flags))
     train(parse_settings([*flags, "--resume"]))
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -68,6 +79,14 @@ def test_wandb_gets_what_metrics_get(tiny_flags, tmp_path, wandb):
     assert logged[0][1]["eval/val_loss"] == records[0]["val_loss"]
     assert logged[0][1].keys() >= {"eval/train_loss", "eval/val_accuracy"}
     json.dumps(options["config"])
+
+
+def test_wandb_goes_on_where_a_folder_did(tmp_path, wandb, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "a", tmp_path / "b", Path("a")):
+        trackers.open_tracker("wandb", folder, {}, 0)
+    a, b, again = (options["id"] for options in wandb.calls)
+    assert a == again != b and wandb.calls[0]["resume"] == "allow"
 
 
 def test_a_run_that_breaks_ends_its_tracker(tiny_flags, tmp_path, wandb, monkeypatch):
