@@ -143,6 +143,8 @@ def test_save_notebook_refuses(tmp_path):
         ({"activation": "gelu"}, "activation relu; got gelu"),
         ({"head_size": 9}, "head_size 8; got 9"),
         ({"qkv_bias": True}, r"has no blocks\.\d\.qkv\.bias; got one that is not zero"),
+        ({"position": "rotary"}, "learned positions; got position rotary"),
+        ({"token_shift": True}, "no token_shift; got token_shift True"),
     ):
         with pytest.raises(ConfigError, match="the notebook's model has .*" + message[-9:]):
             save_notebook(randomise(GPT(TINY.replace(**changes))), tmp_path / "m.pth")
@@ -357,6 +359,7 @@ GPT2_VARIANTS = {
     "relu": {"activation_function": "relu"},
     "no-scale": {"scale_attn_weights": False},
     "layer-scale": {"scale_attn_by_inverse_layer_idx": True},
+    "dropout": {"resid_pdrop": 0.3, "embd_pdrop": 0.0},
 }
 
 
@@ -364,7 +367,10 @@ GPT2_VARIANTS = {
 def test_load_transformers(transformers, tmp_path, changes):
     model = hugging_face(transformers, **changes)
     model.save_pretrained(tmp_path)
-    assert_same(load_transformers(tmp_path, backend="eager"), model, hugging_face_logits)
+    gpt, theirs = load_transformers(tmp_path, backend="eager"), model.config
+    assert_same(gpt, model, hugging_face_logits)
+    dropped = gpt.config.dropout, gpt.config.embedding_dropout
+    assert dropped == (theirs.resid_pdrop, theirs.embd_pdrop > 0)
 
 
 def test_load_transformers_without_a_head_or_from_a_pickle(transformers, tmp_path):
@@ -422,6 +428,8 @@ def test_save_transformers_refuses(tmp_path):
         ({"n_head": 3}, "n_embd divisible by n_head; got 16, 3"),
         ({"head_size": 9}, "head_size 8; got 9"),
         ({"vocab_size": 17}, "no output bias.*vocab_size 17, n_embd 16"),
+        ({"position": "rotary"}, "learned positions; got position rotary"),
+        ({"token_shift": True}, "no token_shift; got token_shift True"),
     ):
         with pytest.raises(ConfigError, match=message):
             save_transformers(randomise(GPT(TINY.replace(**changes))), tmp_path / "out")
