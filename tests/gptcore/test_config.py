@@ -1,5 +1,6 @@
 """Settings: defaults < preset < TOML < flags; what is wrong is said in one line."""
 
+import dataclasses
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from gptcore.config import (
     GPTConfig,
     check_model,
     ignored_by,
+    kinds_of,
     read_saved,
     to_json,
 )
@@ -55,6 +57,61 @@ def test_notebook_preset_is_the_notebook():
     assert (train.decay_params, train.grad_clip, train.schedule) == ("all", 0.0, "constant")
 
 
+def all_settings(*argv):
+    """Every setting of a command line, in one dictionary."""
+    train, model = settings(*argv)
+    return dataclasses.asdict(train) | dataclasses.asdict(model)
+
+
+BABY = dict(max_iters=10_000, eval_interval=500, dropout=0.2)
+CHAR = dict(
+    **dict(batch_size=64, gradient_accumulation_steps=1, block_size=256, n_layer=6, n_head=6),
+    **dict(n_embd=384, dropout=0.2, bias=False, qkv_bias=False, head_bias=False, tied_head=True),
+    **dict(embedding_dropout=True, attention_scale="head_size", activation="gelu", init="gpt2"),
+    **dict(learning_rate=1e-3, min_lr=1e-4, schedule="cosine", max_iters=5000, warmup_iters=100),
+    **dict(lr_decay_iters=None, beta1=0.9, beta2=0.99, weight_decay=0.1, decay_params="matrices"),
+    **dict(grad_clip=1.0, eval_interval=250, eval_iters=200, log_interval=10),
+)
+FAST = dict(
+    **dict(optimizer="muon", init="zero", position="rotary", token_shift=True, schedule="wsd"),
+    **dict(decay_fraction=1.0, min_lr=0.0),
+)
+LARGE = FAST | dict(
+    **dict(batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, qk_norm=True),
+    **dict(tied_head=True, bias=False, qkv_bias=False, head_bias=False, learning_rate=0.015),
+)
+PUBLISHED = {
+    # the second seed's table
+    "baby-cpu": BABY
+    | dict(batch_size=16, block_size=8, n_embd=16, head_size=4, n_layer=2, n_head=2)
+    | dict(learning_rate=5e-3, eval_iters=100),
+    "baby-gpu": BABY
+    | dict(batch_size=64, block_size=256, n_embd=512, head_size=16, n_layer=6, n_head=6)
+    | dict(learning_rate=1e-3, eval_iters=200),
+    # nanoGPT's config/train_shakespeare_char.py, its README's on a macbook, config/train_gpt2.py
+    "nanogpt-char": CHAR,
+    "nanogpt-cpu": CHAR
+    | dict(batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0)
+    | dict(max_iters=2000, eval_iters=20),
+    "gpt2-124m": CHAR
+    | dict(batch_size=12, gradient_accumulation_steps=40, block_size=1024, n_layer=12, n_head=12)
+    | dict(n_embd=768, dropout=0.0, bias=True, qkv_bias=True, learning_rate=6e-4, min_lr=6e-5)
+    | dict(max_iters=600_000, warmup_iters=2000, beta2=0.95, eval_interval=1000),
+    # what README's losses and times were measured with
+    "speedrun": LARGE | dict(max_iters=300, warmup_iters=30, dropout=0.1, weight_decay=0.8),
+    "best": LARGE | dict(max_iters=1000, warmup_iters=50, dropout=0.2, weight_decay=0.4),
+    "speedrun-cpu": FAST
+    | dict(batch_size=8, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0)
+    | dict(max_iters=350, warmup_iters=20, learning_rate=0.02),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_are_what_was_published(preset):
+    found = all_settings(f"--preset={preset}")
+    assert {name: found[name] for name in PUBLISHED[preset]} == PUBLISHED[preset]
+
+
 @pytest.mark.parametrize("preset", ["speedrun", "speedrun-cpu", "best", "cpu"])
 def test_tuned_presets_evaluate_on_a_part_of_the_training_split(preset):
     """Of Tiny Shakespeare's million tokens at most a third, or evaluation costs more than steps."""
@@ -79,14 +136,26 @@ def test_flags_beat_file_beats_preset(tmp_path):
     assert (train.learning_rate, train.batch_size) == (3e-4, 5)
 
 
-def test_every_field_is_a_flag_with_help():
-    for name, field in FIELDS.items():
-        assert field.metadata["help"]
-        value = field.default
-        if name in ("resume", "out_dir") or value is None:
-            continue
-        for flag in (name, name.replace("_", "-")):
-            assert parse_settings([f"--{flag}", str(value)]).given == {name: value}
+def another(field):
+    """A value that is not the default."""
+    kinds, default = kinds_of(field), field.default
+    if bool in kinds:
+        return not default
+    if int in kinds:
+        return (default or 1) + 1
+    if float in kinds:
+        return (default or 1.0) / 2
+    return next(x for x in field.metadata.get("choices", ["another"]) if x != default)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_a_flag_with_help(name):
+    assert FIELDS[name].metadata["help"]
+    value = another(FIELDS[name])
+    needed = ["--position=rotary"] * (name == "qk_norm")
+    for flag in (name, name.replace("_", "-")):
+        found = all_settings("--preset=notebook", *needed, f"--{flag}", str(value))
+        assert found[name] == value
 
 
 @pytest.mark.parametrize(
