@@ -1,5 +1,6 @@
 """Where texts come from, and batches as a pure function of (seed, step)."""
 
+import dataclasses
 import hashlib
 import http.client
 import io
@@ -137,12 +138,17 @@ def test_a_broken_download_is_not_used(no_sources, fake_shakespeare, monkeypatch
 
 
 def test_data_folder_is_used_and_checked(no_sources, fake_shakespeare, monkeypatch, tmp_path):
+    """After the cache, before the network."""
     monkeypatch.setenv("GPTCORE_DATA_DIR", str(tmp_path))
     (tmp_path / "tinyshakespeare.txt").write_text(FAKE)
     assert load_text("auto").content == FAKE and no_sources == []
     (tmp_path / "tinyshakespeare.txt").write_text(FAKE + "!")
     with pytest.raises(ConfigError, match="is not Tiny Shakespeare: its SHA-256 must be"):
         load_text("auto")
+    cached = data.cache_dir() / "tinyshakespeare.txt"
+    cached.parent.mkdir(parents=True)
+    cached.write_text(FAKE)
+    assert load_text("auto").source == f"tinyshakespeare ({cached})"
 
 
 @pytest.mark.parametrize(
@@ -254,11 +260,19 @@ def test_validation_counts_every_token_once(corpus, block_size):
     assert len(idx) - count < block_size and targets[count:].tolist() == [-100] * (len(idx) - count)
 
 
-def test_training_sample_spans_the_split(corpus):
-    batches = list(corpus.training_sample(3, 4, 16))
+def test_training_sample_spans_the_split_evenly(corpus):
+    tokens = torch.arange(len(corpus.train))
+    batches = list(dataclasses.replace(corpus, train=tokens).training_sample(3, 4, 16))
     assert [len(idx) for idx, _ in batches] == [4, 4, 4]
-    assert batches[0][0][0].tolist() == corpus.train[:16].tolist()
-    assert batches[-1][1][-1].tolist() == corpus.train[-16:].tolist()
+    starts = torch.cat([idx[:, 0] for idx, _ in batches])
+    assert starts[0] == 0 and torch.equal(batches[-1][1][-1], tokens[-16:])
+    assert starts.diff().max() - starts.diff().min() <= 1
+
+
+def test_a_quarter_of_what_is_free_on_a_gpu_is_for_tokens(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    device = torch.device("cuda")
+    assert data._fits(250, device) and not data._fits(251, device)
 
 
 def test_validation_characters_of_other_tokenizers():

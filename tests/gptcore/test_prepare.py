@@ -83,7 +83,8 @@ def test_files_are_joined_and_byte_order_marks_dropped(tmp_path, small_blocks):
     for number, content in enumerate(("\ufeffone\n", "zwei ä\n", "\ufeffthree")):
         paths.append(str(tmp_path / f"{number}.txt"))
         Path(paths[-1]).write_text(content, encoding="utf-8")
-    prepare_folder(paths[:2], paths[2:], tmp_path / "out", "char")
+    command = ["prepare", *paths[:2], "--val", paths[2], f"--out_dir={tmp_path / 'out'}"]
+    assert main(command) == 0
     prepared = open_prepared(tmp_path / "out")
     decode = prepared.vocabulary.decode
     assert decode(prepared.tokens) == "one\nzwei ä\n" and decode(prepared.val) == "three"
