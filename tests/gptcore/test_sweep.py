@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -186,6 +187,21 @@ def test_a_sweep_from_end_to_end(tiny_flags, tmp_path, capsys):
     assert words[:2] == ["python", "train.py"]
     again = trained(parse_settings([*words[2:], f"--out_dir={tmp_path / 'again'}"]))
     assert again["best_val_loss"] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_as_many_trials_as_asked_run_side_by_side(pretended, tmp_path, monkeypatch):
+    """And each is evaluated five times."""
+    together, run, intervals = threading.Barrier(2), Worker.run, []
+
+    def noted(self, request):
+        together.wait(timeout=30)
+        intervals.append(request["given"]["eval_interval"])
+        return run(self, request)
+
+    monkeypatch.setattr(Worker, "run", noted)
+    flags = ["--random=learning_rate=log:1e-4:1e-2", "--trials=4", "--jobs=2", "--n_embd=20"]
+    assert main(flags_of(tmp_path / "sweep", *flags, "--max_iters=90")) == 0
+    assert intervals == [18] * 4
 
 
 def test_lines_of_one_setting_are_told_apart():
@@ -507,7 +523,8 @@ def test_threads_are_divided(monkeypatch, tmp_path):
     assert [w.threads for w in Pool(3, tmp_path / "log").workers] == [2, 2, 2]
     assert Pool(16, tmp_path / "log").workers[0].threads == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert Pool(1, tmp_path / "log").workers[0].threads >= 1
+    monkeypatch.setattr("gptcore.machine.core_count", lambda: 12)
+    assert Pool(3, tmp_path / "log").workers[0].threads == 4
 
 
 def test_axes_of_the_plot():
