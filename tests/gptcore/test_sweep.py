@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from gptcore import lr_range
 from gptcore.__main__ import main
@@ -55,8 +56,8 @@ def pretended(monkeypatch):
         if given["n_embd"] == 13:
             return {"error": "the loss is nan", "bad_input": False}
         loss = abs(given["n_embd"] - 20) + 1 / given["max_iters"]
-        result = dict.fromkeys(("val_loss", "best_val_loss"), loss)
-        result |= {"step": given["max_iters"], "val_accuracy": 0.5, "elapsed_s": 1.0}
+        result = {"best_val_loss": loss, "val_loss": loss + 1, "val_accuracy": 0.25}
+        result |= {"step": given["max_iters"], "elapsed_s": 1.0}
         return {"error": None, "bad_input": False, "best_step": 1, **result}
 
     monkeypatch.setattr(Worker, "run", run)
@@ -165,9 +166,12 @@ def test_bad_sweeps(flags, message, tmp_path, capsys, pretended):
 # ---- running ---------------------------------------------------------------------------------
 
 
-def test_a_sweep_from_end_to_end(tiny_flags, tmp_path, capsys):
+def test_a_sweep_from_end_to_end(tiny_flags, tmp_path, capsys, monkeypatch):
     """Two processes side by side; the table, the files, and the best command does what it says."""
-    folder = tmp_path / "sweep"
+    folder, drawn, savefig = tmp_path / "sweep", [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *to, **how: drawn.append(self) or savefig(self, *to, **how)
+    )
     flags = [*tiny_flags, "--grid=n_embd=8,16", "--grid=learning-rate=1e-4,1e-2", "--jobs=2"]
     assert main(["sweep", f"--out_dir={folder}", *flags]) == 0
     out = capsys.readouterr().out
@@ -176,8 +180,10 @@ def test_a_sweep_from_end_to_end(tiny_flags, tmp_path, capsys):
     losses = [float(row["best_val_loss"]) for row in rows]
     assert losses == sorted(losses)
     assert {row["learning_rate"] for row in rows[:2]} == {"0.01"}
-    for row in rows:
-        end = read_metrics(folder / "trials" / row["trial"] / "metrics.jsonl")[-1]
+    for row, curve in zip(rows, drawn[-1].axes[0].lines, strict=True):
+        *records, end = read_metrics(folder / "trials" / row["trial"] / "metrics.jsonl")
+        points = [[r["step"], r["val_loss"]] for r in records if r["kind"] == "eval"]
+        assert curve.get_xydata().tolist() == points
         assert end["val_loss"] == float(row["val_loss"])
         assert end["val_accuracy"] == float(row["val_accuracy"])
     for name in ("parallel.png", "curves.png"):
@@ -327,7 +333,11 @@ def test_a_failed_trial_does_not_end_the_others(pretended, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "n_embd=13: failed: the loss is nan" in out
     table = [line.split() for line in out.splitlines() if line.strip()[:2].isdigit()]
-    assert [row[0] for row in table] == ["21", "25", "13"] and table[2][1] == "failed"
+    assert table == [
+        ["21", "1.1111", "25.0%", "9", "1.0"],
+        ["25", "5.1111", "25.0%", "9", "1.0"],
+        ["13", "failed"],
+    ]
     assert "--n_embd 21" in out.splitlines()[-1]
     pretended.clear()
     assert main(["sweep", f"--out_dir={folder}", "--resume"]) == 0
@@ -588,7 +598,10 @@ def test_range_test_from_end_to_end(range_flags, tmp_path, capsys):
     assert 20 < len(rows) < 60  # it stopped where the loss broke
     out = capsys.readouterr().out
     start, limit = re.search(r"--learning_rate (\S+), or up to (\S+) as", out).groups()
-    assert 1e-3 < float(start) < float(limit) < 10
+    assert 1e-3 < float(start) and float(limit) < 10
+    assert float(start) == pytest.approx(float(limit) / 10)
+    losses, smooth = ([float(row[name]) for row in rows] for name in ("loss", "smoothed_loss"))
+    assert smooth == pytest.approx(lr_range.smoothed(losses)) and smooth != losses
     assert (folder / "lr_range.png").read_bytes().startswith(b"\x89PNG")
     assert main(["lr_range", *flags]) == 2
     assert f"folder {folder} exists; give another --out_dir" in capsys.readouterr().err
