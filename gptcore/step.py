@@ -397,7 +397,10 @@ def pick_dtype(
     both are timed, in turns.
     """
     if config.dtype != "auto":
-        return getattr(torch, config.dtype), f"--dtype {config.dtype}"
+        reason = f"--dtype {config.dtype}"
+        if config.dtype == "bfloat16" and not may_be_half(device):
+            reason += ", which this CPU does not multiply: float32 would be many times as fast"
+        return getattr(torch, config.dtype), reason
     if device.type != "cpu":
         return torch.bfloat16, "a GPU multiplies it fastest"
     if not may_be_half(device):

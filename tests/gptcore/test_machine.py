@@ -202,9 +202,23 @@ META = torch.device("meta")
     ids=["matmul", "copy"],
 )
 def test_a_rate_is_work_over_the_seconds_of_the_fastest_call(monkeypatch, rate, work):
-    """Calls take 2, 0.5 and 3 s in turns."""
-    read_from(monkeypatch, itertools.accumulate(itertools.cycle([9, 2, 9, 0.5, 9, 3])).__next__)
-    assert rate() == work / 0.5
+    """Calls take 0.2, 0.05 and 0.3 s in turns."""
+    ticks = itertools.accumulate(itertools.cycle([0.01, 0.2, 0.01, 0.05, 0.01, 0.3]))
+    read_from(monkeypatch, ticks.__next__)
+    assert rate() == pytest.approx(work / 0.05)
+
+
+def test_a_rate_is_found_in_seconds_where_one_product_takes_that_long(monkeypatch):
+    """As in bfloat16 on a CPU that does not multiply it."""
+    now, calls = [0.0], []
+    read_from(monkeypatch, lambda: now[0])
+
+    def product():
+        calls.append(1)
+        now[0] += 2.25
+
+    assert machine._least_seconds(META, lambda: product) == 2.25
+    assert len(calls) == 1
 
 
 def test_a_gpu_is_measured_at_its_clocks_and_its_peak_forgets_that(monkeypatch):

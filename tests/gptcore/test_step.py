@@ -153,6 +153,9 @@ def test_the_dtype_of_a_cpu_is_timed_where_it_has_bfloat16(prepared, monkeypatch
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert pick_dtype(*arguments) == (torch.float32, "this CPU has no bfloat16 products")
+    given = *arguments[:2], run.config.replace(dtype="bfloat16"), arguments[3]
+    slow = "--dtype bfloat16, which this CPU does not multiply: float32 would be many times as fast"
+    assert pick_dtype(*given) == (torch.bfloat16, slow)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     sizes, draw, shape = [], run.corpus.batch, run.model.config
     monkeypatch.setattr(step_module, "CPU_ELEMENTS", 2 * shape.block_size * shape.n_embd)
@@ -174,11 +177,9 @@ def test_the_dtype_of_a_cpu_is_timed_where_it_has_bfloat16(prepared, monkeypatch
         took = f"{1e3 * float32_s:.1f} ms in float32, {1e3 * bfloat16_s:.1f} in bfloat16"
         assert pick_dtype(*arguments) == (expected, f"forward and backward took {took}")
     assert sizes == [2] * 4  # what a micro-batch has, not the whole batch
+    assert pick_dtype(*given) == (torch.bfloat16, "--dtype bfloat16")
     monkeypatch.undo()
     assert all(p.grad is None for p in run.model.parameters())
-    assert pick_dtype(*arguments[:2], run.config.replace(dtype="bfloat16"), arguments[3])[0] == (
-        torch.bfloat16
-    )
 
 
 @pytest.mark.gpu
