@@ -87,7 +87,7 @@ def turn_back_(g, y, table, rstd):
     the table being float32, this holds to its rounding.
     """
     if rstd is not None:
-        along = torch.linalg.vecdot(g, y).unsqueeze_(-1).div_(g.shape[-1])
+        along = (g * y).sum(-1, keepdim=True).div_(g.shape[-1])  # vecdot rounds under autocast
         g.addcmul_(y, along, value=-1).mul_(rstd)
     _pairs(g).mul_(_turns(table).conj())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=[(2**30 + 64, 3), (2**31 + 64, 2)], ids=["indices", "strides"])
+@pytest.fixture(params=[(2**30 + 128, 3), (2**31 + 64, 2)], ids=["indices", "strides"])
 def far_apart(request, device):
     """(count, place): place(x, number, axis) is x with its `count` slices along an axis far apart.
 

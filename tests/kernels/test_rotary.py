@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels import backend as backend_module
 from kernels import causal_attention_qkv, rotary_qkv, rotary_table
 from kernels.rotary import rotary_reference
 from kernels.verify import compare
@@ -52,11 +53,77 @@ def test_outputs_and_gradients(device, backend, case, dtype, normalize):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_input_and_repetition(device, backend):
+def test_any_strides(device, backend):
+    """Of the input and of its gradient: the same numbers to the bit, which reruns are, too."""
     qkv = torch.randn(7, 2, 3, 8, 2, device=device).permute(1, 0, 2, 4, 3)
+    dy = torch.randn(1, 7, 3, 1, 8, device=device).expand(2, 7, 3, 2, 8)
     table = rotary_table(7, 8, device=device)
-    y = rotary_qkv(qkv, table, normalize=True, backend=backend)
-    assert torch.equal(y, rotary_qkv(qkv.contiguous(), table, normalize=True, backend=backend))
+
+    def results(qkv, dy):
+        qkv = qkv.detach().requires_grad_()
+        y = rotary_qkv(qkv, table, normalize=True, backend=backend)
+        return y, *torch.autograd.grad(y, qkv, dy)
+
+    assert not qkv.is_contiguous() and not dy.is_contiguous()
+    assert all(map(torch.equal, results(qkv, dy), results(qkv.contiguous(), dy.contiguous())))
+
+
+def test_offsets_past_32_bits(device, monkeypatch, far_apart):
+    """Of one head's queries, as if another token's were so many other programs' heads away."""
+    count, place = far_apart
+    inputs = [torch.randn(1, count, 3, 1, 16).to(device, torch.float16) for _ in range(2)]
+    table, launch = rotary_table(count, 16, device=device), backend_module.launch
+
+    def widened(kernel, grid, qkv, dy, table, y, T, H, *args, **kwargs):
+        near = [None if x is None else x[0, :, 0, 0] for x in (qkv, dy, y)]
+        far = [None if x is None else place(x, number) for number, x in enumerate(near)]
+        H = far[0].stride(0) // (3 * 16)
+        launch(kernel, (1,), *far[:2], table, far[2], T, H, *args, **kwargs)
+        near[2].copy_(far[2])
+
+    def results():
+        qkv, dy = inputs[0].clone().requires_grad_(), inputs[1]
+        y = rotary_qkv(qkv, table, normalize=True, backend="triton")
+        return [x[:, :, 0] for x in (y, *torch.autograd.grad(y, qkv, dy))]
+
+    expected = results()
+    monkeypatch.setattr(backend_module, "launch", widened)
+    assert all(map(torch.equal, results(), expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_dtype_of_the_projection(device, backend):
+    """Forward and backward."""
+    qkv = torch.randn(2, 7, 3, 2, 8, device=device)
+    table = rotary_table(7, 8, device=device)
+
+    def function(x):
+        return rotary_qkv(x, table, normalize=True, backend=backend)
+
+    expected = run(function, qkv, torch.float32)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = run(function, qkv, torch.float32)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_numbers_are_normalized_beside_eps(device, backend):
+    """And zeros stay zeros."""
+    qkv = 1e-3 * torch.randn(1, 5, 3, 2, 8, device=device)
+    qkv[:, 2] = 0
+    table = rotary_table(5, 8, device=device)
+    actual, ordinary, exact = (
+        run(f, qkv, dtype)
+        for f, dtype in (
+            (lambda x: rotary_qkv(x, table, normalize=True, backend=backend), torch.float32),
+            (lambda x: rotary_reference(x, table, normalize=True), torch.float32),
+            (lambda x: rotary_reference(x, table, normalize=True), torch.float64),
+        )
+    )
+    for name in exact:
+        result = compare(name, actual[name], ordinary[name], exact[name])
+        assert result.passed, str(result)
+    assert not actual["y"][:, 2].any()
 
 
 @pytest.mark.parametrize("shape", ((0, 5), (1, 1), (2, 7)), ids=str)
@@ -151,14 +218,17 @@ def test_odd_head_size_has_no_table():
 
 
 @pytest.mark.parametrize("places", ("odd offset", "odd rows", "apart"))
-def test_a_table_may_lie_anywhere(places):
-    qkv, table = torch.randn(1, 3, 3, 1, 8), rotary_table(3, 8)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_may_lie_anywhere(device, backend, places):
+    qkv = torch.randn(1, 3, 3, 1, 8, device=device)
+    table = rotary_table(3, 8, device=device)
     room = {
-        "odd offset": torch.zeros(25)[1:].view(3, 4, 2),
-        "odd rows": torch.zeros(3, 9)[:, :8].unflatten(1, (4, 2)),
-        "apart": torch.zeros(3, 4, 4)[..., ::2],
+        "odd offset": torch.zeros(25, device=device)[1:].view(3, 4, 2),
+        "odd rows": torch.zeros(3, 9, device=device)[:, :8].unflatten(1, (4, 2)),
+        "apart": torch.zeros(3, 4, 4, device=device)[..., ::2],
     }[places]
-    assert torch.equal(rotary_qkv(qkv, room.copy_(table)), rotary_qkv(qkv, table))
+    expected = rotary_qkv(qkv, table, backend=backend)
+    assert torch.equal(rotary_qkv(qkv, room.copy_(table), backend=backend), expected)
 
 
 def test_a_second_derivative_is_refused():
