@@ -145,6 +145,62 @@ def test_tokens_between_others(device, poisoned, monkeypatch, backend, steps, wa
     assert_passed(comparisons(fused, reference, weights))
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_offsets_past_32_bits(device, monkeypatch, far_apart, axis, way):
+    choose(monkeypatch, way)
+    count, place = far_apart
+    n, C = (count, 16) if axis == 0 else (5, count)
+    near = [torch.randn(n, C).to(device, torch.float16) for _ in range(3)]
+    idx = torch.arange(n, device=device).flip(0)[None]
+
+    def results(token, position, dy):
+        leaves = token.detach().requires_grad_(), position.detach().requires_grad_()
+        x = embed(idx, *leaves, backend="triton")
+        return x, *torch.autograd.grad(x, leaves, dy[None])
+
+    far = [place(x, number, axis) for number, x in enumerate(near)]
+    assert all(map(torch.equal, results(*far), results(*near)))
+
+
+def test_results_past_32_bits(device, monkeypatch, far_apart):
+    """As if there were more columns, each other tile of which is another program's."""
+    choose(monkeypatch, "sorted")
+    count, place = far_apart
+    weights = [torch.randn(count, 16).to(device, torch.float16) for _ in range(2)]
+    idx, launch = torch.arange(count, device=device).flip(0)[None], module.launch
+
+    def widened(kernel, grid, *args, C, **kwargs):
+        (name,) = kwargs.keys() & {"x_ptr", "dposition_ptr", "dtoken_ptr"}
+        near = kwargs.pop(name)
+        far = place(near.view(count, 16), 0)
+        launch(kernel, grid, *args, C=far.stride(0), **kwargs, **{name: far})
+        near.copy_(far.view(near.shape))
+
+    def function(token, position):
+        return embed(idx, token, position, backend="triton")
+
+    expected = run(function, weights)
+    monkeypatch.setattr(module, "launch", widened)
+    actual = run(function, weights)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_dtype_of_the_weights(device, backend):
+    """As PyTorch's own embedding does."""
+    idx, weights = make_inputs(device, 2, 6, 16, 65, 8)
+
+    def function(token, position):
+        return embed(idx, token, position, backend=backend)
+
+    expected = run(function, weights)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = run(function, weights)
+    assert actual["x"].dtype == torch.float32
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("words", [2, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mask_is_the_shared_one(device, backend, words):
