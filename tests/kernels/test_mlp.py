@@ -151,7 +151,12 @@ def test_what_is_no_number_stays_none_through_the_library(activation, dtype):
     assert y[:, 3].isnan().all() and y.isnan().sum() == 64
 
 
-SHAPES = {"M1-K1-N1": ((1, 1), 1), "M33-K16-N17": ((33, 16), 17), "B2-T2-K5-N300": ((2, 2, 5), 300)}
+SHAPES = {
+    "M1-K1-N1": ((1, 1), 1),
+    "M33-K16-N17": ((33, 16), 17),
+    "B2-T2-K5-N300": ((2, 2, 5), 300),
+    "M290-K5-N17": ((290, 5), 17),  # two groups of tile rows
+}
 
 
 @pytest.mark.parametrize("shape, N", SHAPES.values(), ids=SHAPES)
@@ -212,15 +217,23 @@ def test_empty_batch(device, choose, way, activation):
 
 @pytest.mark.parametrize("activation", PLAIN)
 @pytest.mark.parametrize("way", WAYS)
-def test_without_gradients_the_output_is_the_same(device, choose, way, activation):
+def test_without_gradients_the_output_is_the_same(device, choose, monkeypatch, way, activation):
     """Nothing is saved for a backward that cannot come, and y does not notice."""
-    backend = choose(way)
+    backend, forward, kept = choose(way), mlp._forward_op, []
+
+    def counted(*args):
+        y, z = forward(*args)
+        kept.append(z.numel())
+        return y, z
+
+    monkeypatch.setattr(mlp, "_forward_op", counted)
     (x, weight, bias), _ = make_inputs(device, (9, 20), 40, torch.float32)
     x.requires_grad_()
     expected = linear_act(x, weight, bias, activation=activation, backend=backend)
     with torch.no_grad():
         actual = linear_act(x, weight, bias, activation=activation, backend=backend)
     torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-6)
+    assert way == "eager" or kept == [360 * (activation == "gelu"), 0]
 
 
 @pytest.mark.parametrize("way", WAYS)
