@@ -158,6 +158,20 @@ def test_2x_rule_half(backend, dtype, device):
     check(tensors, do, dropout_p=0.2, key=key, site=SITE, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_the_saved_logsumexp_is_float32(dtype, device):
+    """Of scores up to 50, of which plain PyTorch's own rounding hides what half precision loses."""
+    pytest.importorskip("triton", reason="needs triton")
+    q, k, v, _ = draw((1, 2, 40, 40, 16), device, dtype)
+    scores = (16 * q.double() @ k.double().mT / 4).masked_fill(
+        torch.ones(40, 40, dtype=torch.bool, device=device).triu(1), float("-inf")
+    )
+    lse = attention_kernels.forward(16 * q, k, v, torch.empty_like(q), None, 0.25, 0.0, SITE)
+    assert lse.dtype == torch.float32 and 40 < scores.max() < 80
+    expected = scores.logsumexp(-1) * attention_kernels.LOG2E
+    torch.testing.assert_close(lse[0].double(), expected, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_2x_rule_random_shapes(backend, seed, device):
@@ -446,6 +460,31 @@ def test_offsets_past_32_bits(device, far_apart, axis):
         return o, *torch.autograd.grad(o, leaves, do)
 
     assert all(map(torch.equal, results(*far), results(*near)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_packed_projection_is_not_copied(backend, device, monkeypatch):
+    """Its heads and their gradients are views, of which a CPU's threads gather a chunk each."""
+    monkeypatch.setattr(attention, "_SMALL", 0)
+    engine, calls = attention._ENGINES[backend], []
+
+    def watched(run):
+        return lambda *args: calls.append(args) or run(*args)
+
+    for run in (engine.forward, engine.backward):
+        monkeypatch.setattr(engine, run.__name__, watched(run))
+    qkv = torch.randn(1, 9, 3, 2, 8, device=device, requires_grad=True)
+    o = causal_attention_qkv(qkv, dropout_p=0.2, backend=backend)
+    (dqkv,) = torch.autograd.grad(o.sum(), qkv)
+    (q, k, v, o_heads, *_), (_, *again, _, dq, dk, dv) = calls[0], calls[1][:9]
+    for whole, parts in (
+        (qkv, (q, k, v, *again[:3])),
+        (o, (o_heads, again[3])),
+        (dqkv, (dq, dk, dv)),
+    ):
+        assert {x.untyped_storage().data_ptr() for x in (whole, *parts)} == {
+            whole.untyped_storage().data_ptr()
+        }
 
 
 @pytest.mark.parametrize("D, padding, known", [(24, 0, True), (24, 1, False), (64, 0, False)])
