@@ -177,6 +177,18 @@ def test_each_alignment_of_rows_in_place(device, V):
     assert memory[:, :3].isnan().all() and memory[:, 3 + V :].isnan().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_more_rows_than_one_block_of_losses(device, poisoned, reduction):
+    targets = make_targets(device, (8200,), 2)
+    assert_passed(
+        comparisons(
+            lambda z: cross_entropy(z, targets, reduction=reduction, backend="triton"),
+            lambda z: plain(z, targets, reduction=reduction),
+            [randn(device, 8200, 2)],
+        )
+    )
+
+
 def test_tiles_of_short_rows_cover_them():
     """And no more of the first tile than the row has, which loads it without a mask of columns."""
     for V in range(1, cross_entropy_kernels.SHORT_ROWS + 1):
@@ -550,6 +562,17 @@ def test_autocast(device, chunked, backend):
     _, dweight, _ = torch.autograd.grad(loss, inputs)
     assert dweight.dtype == torch.float32
     assert not torch.equal(dweight, dweight.half().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_loss_of_logits_in_float32(device, backend, dtype):
+    logits, targets = randn(device, 5, 65, dtype=dtype), make_targets(device, (5,), 65)
+    expected = run(lambda z: cross_entropy(z, targets, backend=backend), [logits])
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = run(lambda z: cross_entropy(z, targets, backend=backend), [logits])
+    assert actual["loss"].dtype == torch.float32 and actual["d0"].dtype == dtype
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def op_samples(device):
