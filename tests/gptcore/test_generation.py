@@ -432,13 +432,20 @@ def test_plain_step_is_the_models_own(changes):
     assert caches[0].length == 8
 
 
-def test_autocast_is_respected(pair):
+def test_autocast_is_respected(pair, monkeypatch):
     """Keys and values in bfloat16, and the text of the uncached loop under it."""
-    gpt = pair[1].float()
+    gpt, dtypes = pair[1].float(), []
     options = {"max_new_tokens": 12, "temperature": 0.0}
+
+    def cache(*args):
+        dtypes.append(args[-1])
+        return KVCache(*args)
+
+    monkeypatch.setattr(generation, "KVCache", cache)
     with torch.autocast("cpu", torch.bfloat16):
         cached = generate(gpt, prompts(2, 3), **options)
         assert torch.equal(cached, generate(gpt, prompts(2, 3), cache=False, **options))
+    assert dtypes == [torch.bfloat16]
 
 
 BAD = {

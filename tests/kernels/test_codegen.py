@@ -532,6 +532,24 @@ def test_a_breach_is_exit_code_1(monkeypatch, capsys):
     assert "must compile" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}),
+        (["--arch", "sm_90", "gfx942"], {"sm_90", "gfx942"}),
+        (["--gpu", "A100"], {"sm_80"}),
+    ],
+    ids=["default", "arch", "gpu"],
+)
+def test_every_architecture_asked_for_is_examined(arguments, expected, monkeypatch, capsys):
+    """By default all that some kernel is shipped for."""
+    asked = []
+    monkeypatch.setattr(codegen, "examine", lambda cases, arches, gpus: asked.extend(arches) or [])
+    monkeypatch.setattr(codegen.backend, "interpreting", lambda: False)
+    assert codegen.main(arguments) == 0
+    assert set(asked) == expected
+
+
 def test_spills_are_stated_exceptions_of_attention():
     """A budget may allow spills only where every plan without them is slower; not at 64 and 128."""
     spilling = {(case, arch) for (_, case, _, arch), b in BUDGETS.items() if b.spills}

@@ -294,6 +294,26 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, known, capsys):
     assert error.count("\n") == 1 and known in error
 
 
+@pytest.mark.parametrize(
+    "arguments, dtypes, full, seed",
+    [
+        ([], ("float32", "float16", "bfloat16"), False, 0),
+        (
+            ["--full", "--dtypes", "float16", "bfloat16", "--seed", "7"],
+            ("float16", "bfloat16"),
+            True,
+            7,
+        ),
+    ],
+    ids=["defaults", "flags"],
+)
+def test_flags_say_what_is_checked(arguments, dtypes, full, seed, device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(verify, "certify", lambda *args: asked.append(args) or 0)
+    assert verify.main(["--backend", "eager", "--ops", "embed", *arguments]) == 0
+    assert asked == [(["embed"], checks.Settings(device, ("eager",), dtypes, full, seed), None)]
+
+
 def test_the_command_interprets_by_itself_and_writes_json(tmp_path):
     pytest.importorskip("triton", reason="runs Triton kernels")
     path = tmp_path / "certificate.json"
