@@ -160,7 +160,7 @@ def test_2x_rule_half(backend, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_the_saved_logsumexp_is_float32(dtype, device):
-    """Of scores up to 50, of which plain PyTorch's own rounding hides what half precision loses."""
+    """Scores of 50 are rounded as coarsely by plain PyTorch, so that the 2x rule would not tell."""
     pytest.importorskip("triton", reason="needs triton")
     q, k, v, _ = draw((1, 2, 40, 40, 16), device, dtype)
     scores = (16 * q.double() @ k.double().mT / 4).masked_fill(
@@ -308,6 +308,8 @@ def test_eager_training_by_flash(function, Tq, Tk, D, scale, monkeypatch):
     *tensors, do = draw(shape, "cpu")
     dq = gradients_of(lambda *x: function(*x, scale=scale), tensors, do)["dq"]
     assert (not dq[:, :, 0].any()) == (Tq == shape[3])
+    columns = [x.mT.contiguous().mT for x in tensors]
+    assert torch.equal(gradients_of(lambda *x: function(*x, scale=scale), columns, do)["dq"], dq)
 
 
 def test_few_queries_do_not_train_by_flash():
@@ -392,15 +394,17 @@ def test_decoding_matches_the_whole(backend, device):
         torch.testing.assert_close(tail, whole[:, :, -last:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("words", [2, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mask_is_dropout_keep_mask(backend, device):
+def test_mask_is_dropout_keep_mask(backend, words, device):
     """With v the identity, o is the dropped softmax itself."""
     T, p = 40, 0.3
     q, k, _, _ = draw((2, 2, T, T, T), device)
     v = torch.eye(T, device=device).expand(2, 2, T, T)
-    key = make_key(2**32 - 1, 2**31, 5, device=device)
+    key = make_key(2**32 - 1, 2**31, 5, device=device)[:words]
     o = causal_attention(q, k, v, dropout_p=p, key=key, site=SITE, backend=backend)
-    keep = dropout_keep_mask(key, SITE, range(10, 14), T, T, p).view(2, 2, T, T)
+    planes = range(10, 14) if words == 3 else range(4)
+    keep = dropout_keep_mask(key, SITE, planes, T, T, p).view(2, 2, T, T)
     seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     assert torch.equal(o != 0, keep & seen)
 
@@ -559,15 +563,34 @@ def test_export():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids="p{}".format)
-def test_autocast(dropout_p, device):
-    qkv = torch.randn(1, 9, 3, 2, 8, device=device, requires_grad=True)
+@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize("function", [causal_attention, packed], ids=["split", "packed"])
+def test_autocast(function, small, dropout_p, device, monkeypatch):
+    """The inputs are rounded and nothing else, also where the backward is under it."""
+    monkeypatch.setattr(attention, "_SMALL", small)
+    monkeypatch.setattr(attention_eager, "multiplies_bfloat16", lambda: False)
     key = make_key(1, 2, device=device)
+    *tensors, do = (x.bfloat16().float() for x in draw((1, 2, 9, 9, 8), device))
+    half, do = [x.bfloat16() for x in tensors], do.bfloat16()
+
+    def run(*tensors):
+        return function(*tensors, dropout_p=dropout_p, key=key)
+
+    expected = gradients_of(run, half, do)
     with torch.autocast(device.type, torch.bfloat16):
-        o = causal_attention_qkv(qkv, dropout_p=dropout_p, key=key)
-    o.sum().backward()
-    half = qkv.detach().bfloat16().requires_grad_()
-    expected = causal_attention_qkv(half, dropout_p=dropout_p, key=key)
-    assert torch.equal(o, expected) and qkv.grad.dtype == torch.float32
+        actual = gradients_of(run, tensors, do)
+    assert [x.dtype for x in actual.values()] == [torch.bfloat16, *[torch.float32] * 3]
+    assert all(torch.equal(actual[name], expected[name].to(actual[name])) for name in actual)
+
+
+def test_autocast_of_the_backward_alone():
+    """SDPA's kernel keeps float32; so do the gradients made anew."""
+    q, k, v, do = (x.requires_grad_() for x in draw((8, 2, 300, 300, 16), "cpu"))
+    o = causal_attention(q, k, v)
+    expected = torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(o, (q, k, v), do)
+    assert "FlashAttention" in o.grad_fn.name() and all(map(torch.equal, actual, expected))
 
 
 NO_SECOND = "second derivatives are not implemented"

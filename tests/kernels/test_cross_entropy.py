@@ -280,13 +280,14 @@ def test_strided_linear_inputs(device, poisoned, chunked, backend):
     )
 
 
+@pytest.mark.parametrize("ignored", [7, 65, 2**40], ids=["a class", "V", "large"])
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_target_ignored(device, chunked, backend, op):
+def test_every_target_ignored(device, chunked, backend, op, ignored):
     (x, weight, bias), _ = linear_inputs(device)
-    targets = torch.full((21,), 7, device=device)
+    targets = torch.full((21,), ignored, device=device)
     for reduction in REDUCTIONS:
-        options = {"ignore_index": 7, "reduction": reduction, "backend": backend}
+        options = {"ignore_index": ignored, "reduction": reduction, "backend": backend}
         if op == "cross_entropy":
             leaves = [F.linear(x, weight, bias).detach().requires_grad_()]
             loss = cross_entropy(*leaves, targets, **options)
@@ -454,6 +455,8 @@ def test_no_gradient_is_computed_under_no_grad(device, chunked, monkeypatch, op)
     with torch.no_grad():
         if op == "cross_entropy":
             cross_entropy(F.linear(*inputs).requires_grad_(), targets, backend="triton")
+            with torch.enable_grad():
+                cross_entropy(F.linear(*inputs).detach(), targets, backend="triton")
         else:
             linear_cross_entropy(*inputs, targets, backend="triton")
     assert written and not any(written)

@@ -146,6 +146,23 @@ def test_tokens_between_others(device, poisoned, monkeypatch, backend, steps, wa
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_many_rows_add_up_in_float32(device, monkeypatch, backend, way):
+    """Whole numbers, exactly, though sums on the way are larger than float16 holds."""
+    choose(monkeypatch, way)
+    B, T = 144, 16
+    rows = torch.arange(B * T).view(B, T, 1)
+    dy = torch.randint(-500, 500, (B, T, 8)) + 1536 - rows // 128 % 2 * 3072
+    idx = torch.zeros(B, T, dtype=torch.int64, device=device)
+    weights = [torch.zeros(n, 8, dtype=torch.float16, device=device) for n in (2, T)]
+    leaves = [w.requires_grad_() for w in weights]
+    embed(idx, *leaves, backend=backend).backward(dy.to(device, torch.float16))
+    token, position = (leaf.grad.cpu() for leaf in leaves)
+    assert torch.equal(token, torch.stack([dy.sum((0, 1)), torch.zeros(8)]).half())
+    assert torch.equal(position, dy.sum(0).half())
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
 def test_offsets_past_32_bits(device, monkeypatch, far_apart, axis, way):
     choose(monkeypatch, way)

@@ -112,6 +112,7 @@ CASES = {
     "B2-T3-C7-p0.5": ((2, 3, 7), "fp32", None, 0.5),
     "B2-T9-C85-p0.2": ((2, 9, 85), "fp32", None, 0.2),
     "B3-T11-C64": ((3, 11, 64), "fp32", None, 0.0),
+    "T5-C1-fp16": ((5, 1), "fp16", None, 0.0),
     "M5-C384-p0.2": ((5, 384), "fp32", None, 0.2),
     "B1-T3-C1025": ((1, 3, 1025), "fp32", None, 0.0),
     "B2-T17-C40-p0.2-fp16": ((2, 17, 40), "fp16", None, 0.2),
@@ -338,6 +339,29 @@ def test_autocast_gives_low_precision_y_and_keeps_the_residual(device, backend):
         exact = F.layer_norm(of.double(), (64,), weight.double(), bias.double())
         ordinary = F.layer_norm(of, (64,), weight, bias).bfloat16()
         assert_passed([compare("y", actual, ordinary, exact)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_eps_is_pytorchs(device, backend):
+    x, weight = 1e-3 * torch.randn(5, 40, device=device), torch.ones(40, device=device)
+    expected = F.layer_norm(x, (40,))
+    y, _ = dropout_add_layer_norm(x, torch.zeros_like(x), weight, backend=backend)
+    for actual in (layer_norm(x, weight, backend=backend), y):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_partial_sums_are_float32(device, wide, monkeypatch):
+    """Whole numbers, exactly, though the sums of either half are larger than float16 holds."""
+    if wide:
+        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
+        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+    x, weight, bias = (torch.randn(n).to(device, torch.float16) for n in ((64, 16), 16, 16))
+    dy = 4 * torch.randint(-500, 500, (64, 16)) + 4096
+    dy[32:] -= 8192
+    x[32:] = x[:32]
+    layer_norm(x, weight, bias.requires_grad_(), backend="triton").backward(dy.to(x))
+    assert torch.equal(bias.grad.cpu(), dy.sum(0).half())
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])

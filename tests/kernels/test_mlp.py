@@ -119,24 +119,24 @@ def test_small_numbers_keep_their_bits_in_float16(device, choose, way, activatio
 def test_offsets_past_32_bits(device, choose, far_apart, axis):
     (count, place), backend = far_apart, choose("triton")
     M, K = (count, 24) if axis == 0 else (5, count)
-    x, weight = (torch.randn(n, K).to(device, torch.float16) for n in (M, 16))
-    dy = torch.randn(M, 16).to(device, torch.float16)
+    x, weight = (torch.randn(n, K).to(device, torch.float16) for n in (M, count))
+    dy = torch.randn(M, count).to(device, torch.float16)
 
     def results(x, dy):
         leaves = x.detach().requires_grad_(), weight.requires_grad_()
         y = linear_act(*leaves, activation="relu", backend=backend)
         return y, *torch.autograd.grad(y, leaves, dy)
 
-    far = results(place(x, 0, axis), place(dy, 1) if axis == 0 else dy)
+    far = results(place(x, 0, axis), place(dy, 1, axis))
     assert all(map(torch.equal, far, results(x, dy)))
 
 
-def test_a_bias_whose_elements_lie_past_32_bits(device, choose, far_apart):
+def test_a_weight_and_a_bias_past_32_bits(device, choose, far_apart):
     (count, place), backend = far_apart, choose("triton")
     x, weight, bias = (
         torch.randn(n).to(device, torch.float16) for n in ((5, 24), (count, 24), count)
     )
-    far = linear_act(x, weight, place(bias, 0), activation="relu2", backend=backend)
+    far = linear_act(x, place(weight, 1), place(bias, 0), activation="relu2", backend=backend)
     assert torch.equal(far, linear_act(x, weight, bias, activation="relu2", backend=backend))
 
 
@@ -234,6 +234,19 @@ def test_without_gradients_the_output_is_the_same(device, choose, monkeypatch, w
         actual = linear_act(x, weight, bias, activation=activation, backend=backend)
     torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-6)
     assert way == "eager" or kept == [360 * (activation == "gelu"), 0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_of_the_bias_adds_up_in_float32(device, choose, way):
+    """Whole numbers, exactly, though sums on the way are larger than float16 holds."""
+    backend = choose(way)
+    x, weight, bias = (
+        torch.ones(n, dtype=torch.float16).to(device) for n in ((64, 1), (17, 1), 17)
+    )
+    dy = 4 * torch.randint(-500, 500, (64, 17)) + 4096
+    dy[32:] -= 8192
+    linear_act(x, weight, bias.requires_grad_(), backend=backend).backward(dy.to(x))
+    assert torch.equal(bias.grad.cpu(), dy.sum(0).half())
 
 
 @pytest.mark.parametrize("way", WAYS)
