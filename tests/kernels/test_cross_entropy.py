@@ -411,6 +411,21 @@ def test_float16_keeps_gradients_under_a_loss_scale(device, chunked, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_over_chunks_are_float32(device, chunked, backend):
+    """Five rows of each chunk count, and float16 cannot hold the sum of five 1365 / 4096."""
+    x, weight, bias = (torch.zeros(n, device=device).half() for n in ((40, 4), (3, 4), 3))
+    targets = torch.where(torch.arange(40, device=device) % 8 < 5, 0, IGNORED)
+    options = IGNORED, "sum", torch.float16, (True, True, True), backend
+    _, _, dx, dweight, dbias = module._linear_cross_entropy_op(
+        x + 1, weight, bias, targets, None, *options
+    )
+    assert torch.equal(dweight[1:], torch.full((2, 4), 25 * 1365 / 4096, device=device))
+    each = 1365 / 4096 if backend == "triton" else 1 / 3  # which rounds for the products alone
+    torch.testing.assert_close(dbias[1:], torch.full((2,), 25 * each, device=device))
+    assert dx.dtype == (torch.float16 if backend == "triton" else torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_tied_weight(device, chunked, backend):
     """Gradients of the embedding and of the head meet in one weight."""
     idx = torch.randint(0, 65, (3, 7), generator=torch.Generator().manual_seed(0)).to(device)

@@ -74,10 +74,15 @@ def test_callers_may_differ_in_their_number_of_threads(threads):
 
 def test_inference_mode_is_carried_over(threads):
     threads(2)
-    modes = []
+    barrier, modes = threading.Barrier(2, timeout=20), []  # one thread would take all pieces
+
+    def work(state, piece):
+        barrier.wait()
+        modes.append(torch.is_inference_mode_enabled())
+
     with torch.inference_mode():
-        for_each(range(4), lambda state, piece: modes.append(torch.is_inference_mode_enabled()))
-    assert modes == [True] * 4
+        for_each(range(2), work)
+    assert modes == [True] * 2
 
 
 def test_attention_does_not_depend_on_the_number_of_threads(threads, monkeypatch):

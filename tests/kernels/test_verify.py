@@ -38,9 +38,21 @@ def test_the_rule_sees_one_wrong_element_and_a_small_bias():
     reference = torch.randn(1000, generator=torch.Generator().manual_seed(9)).double()
     plain = noisy(reference, 1e-4)
     one_wrong = plain.clone()
-    one_wrong[3] += 0.01
+    one_wrong[3] += 0.002  # too little for the RMS, as the bias is for the maximum
     assert not compare("x", one_wrong, plain, reference).passed
     assert not compare("x", plain + 3e-4, plain, reference).passed
+
+
+def test_where_plain_pytorch_is_exact_one_rounding_is_allowed():
+    eps = torch.finfo(torch.float32).eps
+
+    def passed(size, error):
+        ones, actual = torch.ones(size), torch.ones(size)
+        actual[0] += error
+        return compare("x", actual, ones, ones.double()).passed
+
+    assert passed(16, -eps / 2) and not passed(16, eps)
+    assert passed(15, 2 * eps) and not passed(15, 3 * eps)
 
 
 def test_nan_and_infinity_fail():
@@ -87,6 +99,24 @@ def test_shapes_are_read_from_their_names():
         "activation": "relu2",
         "reduction": "none",
     }
+
+
+def test_sizes_grow_with_what_the_machine_can_do():
+    """Beside those drawn: six with --full, else one."""
+    op = "causal_attention"
+    shapes = problems.SHAPES[op]
+    quick, full, large, blocks = map(set, (shapes.quick, shapes.full, shapes.large, shapes.blocks))
+    for arguments, expected, drawn in (
+        ((False, False, 0, "float32"), quick, 1),
+        ((False, False, 0, "float16"), {shapes.quick[0]}, 1),
+        ((True, False, 0, "float16"), quick | full, 6),
+        ((False, True, 0, "float16"), quick | full | blocks, 1),
+        ((True, True, 0, "float16"), quick | full | blocks, 6),
+        ((True, True, 0, "float32"), quick | full | blocks | large, 6),
+        ((True, True, 0, "float16", True), quick | full | blocks | large, 6),
+    ):
+        names = problems.problem_names(op, *arguments)
+        assert expected <= set(names) and len(names) == len(expected) + drawn
 
 
 @pytest.mark.parametrize("op", problems.SHAPES)
@@ -212,6 +242,29 @@ def test_attention_that_ignores_a_token_is_caught(monkeypatch):
     monkeypatch.setattr(kernels, "causal_attention", lambda q, k, v, **options: 0 * (q + k + v))
     causality, _ = checks.check_causality(EAGER, "eager", "float32")
     assert not causality.passed
+
+
+def test_a_gradient_that_overflows_is_caught(monkeypatch):
+    """The square root of 0 has none."""
+    op = kernels.causal_attention
+
+    def damaged(q, k, v, **options):
+        return op(q, k, v, **options) + 0 * (0 * k).sqrt().sum()
+
+    monkeypatch.setattr(kernels, "causal_attention", damaged)
+    monkeypatch.setattr(checks, "problem_names", lambda *_: [])
+    assert "huge logits" in failures("causal_attention")
+
+
+def test_the_mask_of_another_site_is_caught(monkeypatch):
+    op = kernels.causal_attention
+
+    def damaged(*tensors, site, **options):
+        return op(*tensors, site=site + 1, **options)
+
+    monkeypatch.setattr(kernels, "causal_attention", damaged)
+    monkeypatch.setattr(checks, "problem_names", lambda *_: [])
+    assert failures("causal_attention") == {"mask bit-equal to scalar Philox"}
 
 
 def test_an_exception_is_a_failed_result(monkeypatch):
