@@ -106,26 +106,6 @@ def test_autocast_leaves_the_dtype_of_the_projection(device, backend):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_small_numbers_are_normalized_beside_eps(device, backend):
-    """And zeros stay zeros."""
-    qkv = 1e-3 * torch.randn(1, 5, 3, 2, 8, device=device)
-    qkv[:, 2] = 0
-    table = rotary_table(5, 8, device=device)
-    actual, ordinary, exact = (
-        run(f, qkv, dtype)
-        for f, dtype in (
-            (lambda x: rotary_qkv(x, table, normalize=True, backend=backend), torch.float32),
-            (lambda x: rotary_reference(x, table, normalize=True), torch.float32),
-            (lambda x: rotary_reference(x, table, normalize=True), torch.float64),
-        )
-    )
-    for name in exact:
-        result = compare(name, actual[name], ordinary[name], exact[name])
-        assert result.passed, str(result)
-    assert not actual["y"][:, 2].any()
-
-
 @pytest.mark.parametrize("shape", ((0, 5), (1, 1), (2, 7)), ids=str)
 def test_attention_turns_first_and_leaves_its_input_alone(shape):
     B, T = shape
