@@ -183,7 +183,7 @@ args = {"block_size": 8, **pickle.loads((data / "meta.pkl").read_bytes())}
 model = GPT(GPTConfig(**args))
 print("step 0: train loss 4.2000, val loss 4.3000")
 print("iter 0: loss 4.2000, time 1.00ms, mfu -100.00%")
-time.sleep(0.2)
+time.sleep(0.6)
 print("step 250: train loss 2.1000, val loss 2.2000")
 print("saving checkpoint to out-shakespeare-char")
 time.sleep(0.2)  # stopped now, it would leave half a file
@@ -207,7 +207,8 @@ def test_nanogpt_is_timed_from_its_first_evaluation_and_judged_on_the_whole_spli
     (tmp_path / "text").write_text(text)
     given = {"nanogpt": folder, "data": str(tmp_path / "text"), "target": 2.2}
     run = time_to_loss.nanogpt_run(dataclasses.replace(OPTIONS, **given), 1)
-    assert run["curve"] == [[0.0, 4.3], [run["seconds"], 2.2]] and run["seconds"] >= 0.2
+    assert run["curve"] == [[0.0, 4.3], [run["seconds"], 2.2]]
+    assert run["seconds"] > 0.3  # of 0.6, the first line may be read late
     assert (run["steps"], run["val_loss"], run["reached"]) == (250, 2.2, True)
 
     ids = {character: number for number, character in enumerate(sorted(set(text)))}
