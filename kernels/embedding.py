@@ -62,8 +62,9 @@ class _EagerEmbed(torch.autograd.Function):
             dtoken = torch.ops.aten.embedding_dense_backward(dy, idx, ctx.tokens, -1, False)
             dtoken = dtoken.to(ctx.dtype)
         if ctx.needs_input_grad[2]:
-            unused = ctx.positions - idx.shape[1]
-            dposition = F.pad(dy.sum(0), (0, 0, 0, unused)).to(ctx.dtype)
+            dposition = dy.sum(0).to(ctx.dtype)
+            if unused := ctx.positions - idx.shape[1]:
+                dposition = F.pad(dposition, (0, 0, 0, unused))
         return None, dtoken, dposition, None, None
 
 
