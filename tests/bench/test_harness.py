@@ -159,7 +159,8 @@ def test_ops_are_replayed_on_a_gpu_and_steps_are_not(flush, monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return lambda: "replay"
 
-    def measured(calls, *_, **__):
+    def measured(calls, *_, row, **__):
+        assert bool(row) != flush  # steps are timed in a row
         timed.update({name: call() for name, call in calls.items()})
         return Samples({name: [1.0] for name in calls}, 1, True)
 

@@ -260,6 +260,22 @@ def test_a_worker_answers_with_milliseconds_and_ends(worker):
     assert worker._process.returncode == 0
 
 
+def test_a_worker_takes_as_many_steps_as_asked_and_says_what_each_took(monkeypatch, capsys):
+    """Of 2 seconds, the first of them when it begins."""
+    now, tasks = [0.0], []
+
+    def begin(task):
+        tasks.append(task)
+        return lambda: now.__setitem__(0, now[0] + 2)
+
+    monkeypatch.setattr(workers, "_begin", begin)
+    monkeypatch.setattr(workers.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(workers.sys, "stdin", ['{"peer": "naive"}', "3"])
+    workers.main()
+    assert (tasks, now) == ([{"peer": "naive"}], [8.0])
+    assert capsys.readouterr().out.split() == ["2000.0"] * 2
+
+
 def test_a_worker_that_died_is_noticed_and_replaced(monkeypatch, worker):
     monkeypatch.setattr(workers, "_workers", {"naive": worker})
     assert workers.worker_of("naive") is worker

@@ -29,6 +29,12 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", nan_empty)
 
 
+def in_pieces(monkeypatch, columns):
+    """Let the backward take rows so many columns at a time, as it takes long ones."""
+    plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=columns, num_warps=4)
+    monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+
+
 def keep_mask(key, shape, p):
     """The mask of DESIGN section 4 for activations of `shape`, from the public function."""
     rows = shape[:-1].numel()
@@ -170,8 +176,7 @@ def test_layer_norm_obeys_the_2x_rule(device, backend, bias, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_bias_of_x_has_its_gradient(device, monkeypatch, backend, bias, p, wide):
     if wide:
-        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
-        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+        in_pieces(monkeypatch, 32)
     inputs, gradients = make_inputs(device, (2, 9, 50), torch.float32, bias=bias)
     x_bias = 1 + torch.arange(50, device=device) / 50
     key = make_key(3, 5, 2, device=device)
@@ -189,8 +194,7 @@ def test_the_bias_of_x_has_its_gradient(device, monkeypatch, backend, bias, p, w
 
 def test_wide_rows_go_in_pieces(device, monkeypatch):
     """Other kernels do the backward beyond 8,192 channels; here at 100, in pieces of 32."""
-    wide = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
-    monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: wide)
+    in_pieces(monkeypatch, 32)
     inputs, gradients = make_inputs(device, (2, 5, 100), torch.float32)
     key = make_key(3, 5, device=device)
     fused = {"dropout_p": 0.2, "key": key, "site": SITE, "backend": "triton"}
@@ -354,8 +358,7 @@ def test_the_default_eps_is_pytorchs(device, backend):
 def test_partial_sums_are_float32(device, wide, monkeypatch):
     """Whole numbers, exactly, though the sums of either half are larger than float16 holds."""
     if wide:
-        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
-        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+        in_pieces(monkeypatch, 32)
     x, weight, bias = (torch.randn(n).to(device, torch.float16) for n in ((64, 16), 16, 16))
     dy = 4 * torch.randint(-500, 500, (64, 16)) + 4096
     dy[32:] -= 8192
@@ -367,8 +370,7 @@ def test_partial_sums_are_float32(device, wide, monkeypatch):
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 def test_offsets_past_32_bits(device, far_apart, wide, monkeypatch):
     if wide:
-        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=32, num_warps=4)
-        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+        in_pieces(monkeypatch, 32)
     count, place = far_apart
     near = [torch.randn(count, 40).to(device, torch.float16) for _ in range(3)]
     far = [place(x, number) for number, x in enumerate(near)]
@@ -389,8 +391,7 @@ def test_offsets_past_32_bits(device, far_apart, wide, monkeypatch):
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 def test_vectors_whose_elements_lie_past_32_bits(device, far_apart, wide, monkeypatch):
     if wide:
-        plan = layer_norm_kernels.LayerNormPlan(BLOCK_M=1, BLOCK_C=2, num_warps=4)
-        monkeypatch.setattr(layer_norm_kernels, "backward_plan", lambda *_: plan)
+        in_pieces(monkeypatch, 2)
     count, place = far_apart
     near = [torch.randn(count).to(device, torch.float16) for _ in range(3)]
     far = [place(vector, number) for number, vector in enumerate(near)]
